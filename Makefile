@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per process: the tests and the demo run one process per core.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint bench notebooks results clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install: $(STAMP)  ## make .venv with the package and everything the other targets need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plot,notebooks]'
+	@touch $@
+
+demo: $(STAMP)  ## three arms of a tiny RL run through 4 bits, side by side (minutes); writes out/
+	$(BIN)/python -m benchmarks.recovery demo $(ARGS)
+
+test: $(STAMP)  ## the fast tests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## microbenchmarks against torch's own copy
+	$(BIN)/python -m benchmarks.fake_quantize $(ARGS)
+
+notebooks: $(STAMP)  ## run the notebooks, with the checks in their cells
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 notebooks
+
+results: $(STAMP)  ## render the tables of the README from benchmarks/results
+	$(BIN)/python -m benchmarks.render $(ARGS)
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
