@@ -1,0 +1,135 @@
+"""`PatchConfig` and `NoiseConfig`: what `patch_model` is asked to do, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from qnoise.formats import QuantSpec, as_spec
+from qnoise.nn.linear import check_storage
+
+NOISE_TARGETS = ("rmsnorm", "linear")
+NOISY_PHASES = ("rollout", "training")
+
+Plan = tuple[tuple[str, QuantSpec | None], ...]
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Which modules are noisy, and when.
+
+    Args:
+        target: "rmsnorm" adds sigma z to the weights of RMSNorms (AQN); "linear" multiplies the weights of linears by
+            1 + sigma z before they are quantized.
+        during: phases in which the noise acts. Both (default): the policy that is sampled is the policy that is
+            trained. ("rollout",) is QeRL's behaviour. In evaluation noise never acts.
+        include, exclude, layers: globs on canonical names and layer indices that select among the target's modules.
+            The per-head norms of queries and keys are left out unless `include` names them.
+    """
+
+    target: str = "rmsnorm"
+    during: tuple[str, ...] = NOISY_PHASES
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("noise target", self.target, NOISE_TARGETS)
+        object.__setattr__(self, "during", _strings("during", self.during))
+        if not self.during:
+            raise ValueError(f"during is empty; name at least one of {', '.join(NOISY_PHASES)}, or use noise=None")
+        for phase in self.during:
+            _check_choice("phase in during", phase, NOISY_PHASES)
+        _normalise_filters(self)
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """Everything `patch_model` needs; two equal configs make the same model.
+
+    Args:
+        fmt: format of the weights: a name, a `QuantSpec`, a plan (mapping of globs on canonical names to a format or
+            None; the last match wins, what matches nothing stays in full precision), or None (no quantization).
+        act_fmt: format of the linears' inputs, or None for weight-only.
+        noise: None, "rmsnorm", "linear" or a `NoiseConfig`.
+        include, exclude: globs on canonical names; which linears are quantized.
+        layers: indices of the layers whose linears are quantized.
+        storage: see `FakeQuantLinear`.
+        share_scales: give the linears that serving engines fuse (q/k/v, gate/up) one per-tensor scale, from their joint
+            amax. Concerns formats with a per-tensor scale only.
+    """
+
+    fmt: str | QuantSpec | Mapping[str, str | QuantSpec | None] | Plan | None = "mxfp4"
+    act_fmt: str | QuantSpec | None = None
+    noise: str | NoiseConfig | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    storage: str = "auto"
+    share_scales: bool = True
+    plan: Plan = field(init=False, repr=False, compare=False, default=())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", _plan(self.fmt))
+        # Compared by what it does: a name, its spec and the plan {"*": spec} are the same request.
+        object.__setattr__(self, "fmt", self.plan or None)
+        object.__setattr__(self, "act_fmt", None if self.act_fmt is None else as_spec(self.act_fmt))
+        if isinstance(self.noise, str):
+            object.__setattr__(self, "noise", NoiseConfig(target=self.noise))
+        elif not isinstance(self.noise, NoiseConfig | None):
+            raise TypeError(f"noise is {self.noise!r}; it must be None, 'rmsnorm', 'linear' or a NoiseConfig")
+        check_storage(self.storage)
+        _normalise_filters(self)
+        if not self.plan and self.act_fmt is None and self.noise is None:
+            raise ValueError("fmt, act_fmt and noise are all None: there is nothing to patch")
+
+    @property
+    def noise_config(self) -> NoiseConfig | None:
+        return self.noise  # type: ignore[return-value]
+
+    @property
+    def act_spec(self) -> QuantSpec | None:
+        return self.act_fmt  # type: ignore[return-value]
+
+
+def _plan(fmt: Any) -> Plan:
+    if fmt is None:
+        return ()
+    if isinstance(fmt, str | QuantSpec):
+        return (("*", as_spec(fmt)),)
+    if isinstance(fmt, Mapping):
+        fmt = tuple(fmt.items())
+    if not isinstance(fmt, tuple):
+        raise TypeError(f"fmt is {fmt!r}; it must be a format name, a QuantSpec, a mapping of globs to these, or None")
+    if not fmt:
+        raise ValueError("fmt is an empty plan; map at least one glob to a format, or pass fmt=None")
+    return tuple((str(glob), None if spec is None else as_spec(spec)) for glob, spec in fmt)
+
+
+def _normalise_filters(config: NoiseConfig | PatchConfig) -> None:
+    if config.include is not None:
+        object.__setattr__(config, "include", _strings("include", config.include))
+    object.__setattr__(config, "exclude", _strings("exclude", config.exclude))
+    if config.layers is not None:
+        layers = (config.layers,) if isinstance(config.layers, int) else tuple(config.layers)
+        if not all(isinstance(layer, int) and layer >= 0 for layer in layers):
+            raise ValueError(f"layers is {config.layers!r}; it must hold layer indices (whole numbers >= 0)")
+        object.__setattr__(config, "layers", layers)
+
+
+def _strings(name: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    values = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(item, str) for item in values):
+        raise TypeError(f"{name} is {value!r}; it must be a string or a sequence of strings")
+    return values
+
+
+def _check_choice(what: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.{hint}")

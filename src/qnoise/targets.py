@@ -1,0 +1,190 @@
+"""Which modules of a model are converted, and why the others are not.
+
+One walk over the model makes one `Decision` per linear and per norm; `patch_model` carries the decisions out and
+`summary` prints them, so what is reported is what was done.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from qnoise.config import NoiseConfig, PatchConfig
+from qnoise.formats import QuantSpec
+from qnoise.names import canonical_name, layer_index, matches
+from qnoise.nn.linear import FakeQuantLinear
+from qnoise.nn.norm import NoisyRMSNorm, is_rms_norm
+
+Kind = Literal["linear", "norm"]
+
+# Stock class -> the class it becomes. Exact types: a subclass has a forward of its own.
+CONVERTIBLE_LINEARS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FakeQuantLinear}
+
+# Libraries whose linears hold weights that are quantized already.
+_QUANTIZING_LIBRARIES = {
+    "bitsandbytes", "gptqmodel", "auto_gptq", "awq", "aqlm", "hqq", "eetq", "torchao", "optimum", "compressed_tensors",
+}  # fmt: skip
+
+# Deciding which expert gets a token is not a matter of a small error: routing changes.
+_ROUTER = re.compile(r"^(gate|router|shared_expert_gate|wg|classifier)$")
+_QK_NORM = re.compile(r"^(q|k|query|key)_?(layer_?)?norm$")
+# mamba's mixers compute dt_proj.weight @ x themselves: converting the module would have no effect.
+_READ_PAST_FORWARD = re.compile(r"(^|\.)mixer\.dt_proj$")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to become of one module: it is converted if `reason` is empty."""
+
+    path: str
+    name: str
+    module: nn.Module
+    kind: Kind
+    reason: str = ""
+    weight_spec: QuantSpec | None = None
+    act_spec: QuantSpec | None = None
+    noise_during: tuple[str, ...] = ()
+
+
+def decide(model: nn.Module, config: PatchConfig) -> list[Decision]:
+    """One decision per linear and norm of the model, in the order of `named_modules`."""
+    heads = {id(module) for module in _heads(model)}
+    adapters = _adapter_prefixes(model)
+    decisions = []
+    for path, module in model.named_modules():
+        name = canonical_name(path)
+        if path.startswith(adapters):
+            if _looks_linear(module):
+                decisions.append(Decision(path, name, module, "linear", "adapter matrix"))
+        elif _looks_linear(module):
+            decisions.append(_decide_linear(path, name, module, config, id(module) in heads))
+        elif isinstance(module, NoisyRMSNorm) or "norm" in type(module).__name__.lower():
+            if any(True for _ in module.children()):
+                continue
+            decisions.append(_decide_norm(path, name, module, config))
+    return decisions
+
+
+def unmatched_patterns(model: nn.Module, config: PatchConfig) -> list[tuple[str, str]]:
+    """(argument, pattern) pairs that no linear or norm of the model matches: misspelt, most likely."""
+    names = [d.name for d in decide(model, config) if d.reason != "adapter matrix"]
+    layers = {layer_index(name) for name in names}
+    filters: list[tuple[str, PatchConfig | NoiseConfig]] = [("", config)]
+    if config.noise_config is not None:
+        filters.append(("noise ", config.noise_config))
+    wrong = [("fmt", glob) for glob, _ in config.plan if not any(matches(n, glob) for n in names)]
+    for prefix, each in filters:
+        for argument, globs in (("include", each.include or ()), ("exclude", each.exclude)):
+            wrong += [(prefix + argument, glob) for glob in globs if not any(matches(n, glob) for n in names)]
+        wrong += [(prefix + "layers", str(layer)) for layer in each.layers or () if layer not in layers]
+    return wrong
+
+
+def _decide_linear(path: str, name: str, module: nn.Module, config: PatchConfig, is_head: bool) -> Decision:
+    reason = _unconvertible(module, name)
+    if reason:
+        return Decision(path, name, module, "linear", reason)
+    default = ""
+    if is_head:
+        default = "output head"
+    elif _ROUTER.match(name.rpartition(".")[2]):
+        default = "router or gate"
+    not_quantized = _filtered(name, config, default)
+    spec = None
+    if not not_quantized:
+        for glob, candidate in config.plan:
+            if matches(name, glob):
+                spec = candidate
+    # An entry of the plan that says None leaves the linear alone, its input too.
+    act_spec = config.act_spec if not not_quantized and (spec is not None or not config.plan) else None
+    during: tuple[str, ...] = ()
+    noise = config.noise_config
+    if noise is not None and noise.target == "linear" and not _filtered(name, noise, default):
+        during = noise.during
+    if spec is None and act_spec is None and not during:
+        if not not_quantized:
+            not_quantized = "no entry of the plan gives it a format" if config.plan else "fmt is None"
+        return Decision(path, name, module, "linear", not_quantized)
+    return Decision(path, name, module, "linear", "", spec, act_spec, during)
+
+
+def _decide_norm(path: str, name: str, module: nn.Module, config: PatchConfig) -> Decision:
+    noise = config.noise_config
+    if not isinstance(module, NoisyRMSNorm) and not is_rms_norm(module):
+        weightless = "rmsnorm" in type(module).__name__.lower()
+        reason = "no one-dimensional weight" if weightless else f"not an RMSNorm ({type(module).__name__})"
+    elif noise is None or noise.target != "rmsnorm":
+        reason = "no norm noise requested"
+    else:
+        default = "per-head norm of queries or keys" if _QK_NORM.match(name.rpartition(".")[2]) else ""
+        reason = _filtered(name, noise, default)
+    during = noise.during if noise is not None and not reason else ()
+    return Decision(path, name, module, "norm", reason, noise_during=during)
+
+
+def _filtered(name: str, filters: PatchConfig | NoiseConfig, default_reason: str) -> str:
+    """Why include, exclude, layers or a default leave `name` out; empty if they do not."""
+    if any(matches(name, glob) for glob in filters.exclude):
+        return "excluded"
+    if filters.layers is not None and layer_index(name) not in filters.layers:
+        return "not in the requested layers"
+    if filters.include is not None:
+        hits = [glob for glob in filters.include if matches(name, glob)]
+        if not hits:
+            return "not included"
+        # Naming a module overrides what is left out by default; a wildcard that happens to cover it does not.
+        if any(glob.rpartition(".")[2] == name.rpartition(".")[2] for glob in hits):
+            return ""
+    return default_reason
+
+
+def _looks_linear(module: nn.Module) -> bool:
+    if hasattr(module, "base_layer") or any(True for _ in module.children()):
+        return False
+    if isinstance(module, nn.Linear):
+        return True
+    kind = type(module).__name__
+    # GPT-2's Conv1D is a linear with a transposed weight; torch's Conv1d is a convolution.
+    return ("linear" in kind.lower() or kind == "Conv1D") and (
+        module._parameters.get("weight") is not None or hasattr(module, "qweight")
+    )
+
+
+def _unconvertible(module: nn.Module, name: str) -> str:
+    kind = type(module)
+    if isinstance(module, FakeQuantLinear):
+        return ""
+    library = kind.__module__.partition(".")[0]
+    weight = module._parameters.get("weight")
+    if library in _QUANTIZING_LIBRARIES or hasattr(module, "qweight"):
+        return f"already quantized by {library} ({kind.__name__})"
+    if weight is not None and not weight.is_floating_point():
+        return f"its weight is stored as {weight.dtype}: quantized already ({kind.__name__})"
+    if kind not in CONVERTIBLE_LINEARS:
+        return f"{kind.__module__}.{kind.__name__} is no exact nn.Linear: its forward is its own"
+    if _READ_PAST_FORWARD.search(name):
+        return "its weight is read past its forward"
+    return ""
+
+
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    """The output embeddings: what `get_output_embeddings()` of the model or of any model inside it returns."""
+    for module in model.modules():
+        get: Any = getattr(module, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        if isinstance(head, nn.Module):
+            yield from head.modules()
+
+
+def _adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Paths under which PEFT keeps adapter matrices. `modules_to_save` holds copies of stock modules instead."""
+    prefixes = []
+    for path, module in model.named_modules():
+        for layer_name in getattr(type(module), "adapter_layer_names", ()):
+            if layer_name != "modules_to_save":
+                prefixes.append(f"{path}.{layer_name}.")
+    return tuple(prefixes)
