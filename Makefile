@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint bench notebooks results clean
+.PHONY: help install demo test test-slow lint bench notebooks notebooks-write results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -41,6 +41,9 @@ bench: $(STAMP)  ## microbenchmarks against torch's own copy
 
 notebooks: $(STAMP)  ## run the notebooks, with the checks in their cells
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 notebooks
+
+notebooks-write: $(STAMP)  ## run the notebooks and keep their outputs
+	$(BIN)/python notebooks/write.py
 
 results: $(STAMP)  ## render the tables of the README from benchmarks/results
 	$(BIN)/python -m benchmarks.render $(ARGS)

@@ -208,6 +208,14 @@ def test_tied_modules_share_one_cache(x) -> None:
     assert weight_cache.cached_nbytes(a._parameters["weight"]) == a._parameters["weight"].nbytes
 
 
+def test_tied_modules_of_different_formats_do_not_mix(x) -> None:
+    a, b = make("mxfp4", storage="cached"), make("mxint8", storage="cached")
+    b.weight = a.weight
+    for _ in range(2):
+        assert torch.equal(a.effective_weight(), q(a, "mxfp4"))
+        assert torch.equal(b.effective_weight(), q(a, "mxint8"))
+
+
 def test_nothing_is_kept_of_a_dead_weight(x) -> None:
     gc.collect()
     before = len(weight_cache._ENTRIES)

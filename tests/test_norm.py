@@ -77,6 +77,13 @@ def test_noise_is_that_of_a_stock_norm_with_a_noisy_weight(kind, dtype, x) -> No
     assert not torch.equal(y, stock(x.to(dtype)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_noisy_weight_is_fp32(dtype) -> None:
+    norm = noisy(stock_norms()["qwen2"].to(dtype), name="n")
+    z = torch.from_numpy(unit_normal(5, 6, "n", (64,)))
+    assert torch.equal(norm.effective_weight(), norm.weight.float() + 0.1 * z)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_small_noise_survives_bf16(kind) -> None:
@@ -135,6 +142,7 @@ def test_weight_outside_the_forward_is_the_clean_parameter(x) -> None:
 
 def test_a_failing_forward_leaves_the_clean_weight(x) -> None:
     norm = noisy(stock_norms()["qwen2"])
+    norm(x)
     with pytest.raises(RuntimeError):
         norm(x[..., :32])
     assert isinstance(norm.weight, nn.Parameter)

@@ -102,11 +102,12 @@ def test_nvfp4_siblings_share_their_per_tensor_scale(ids) -> None:
     for context in (torch.no_grad, torch.enable_grad):
         with context():
             assert torch.equal(attention.v_proj.effective_weight(), expected)
-    # A sibling that grows changes the others' Q(W), also the kept one.
+    # A sibling that grows changes the others' Q(W), also the kept one. (Not by a power of two: scales would follow.)
     with torch.no_grad():
-        attention.v_proj.effective_weight()
-        attention.k_proj.weight.fill_(float(2 * amax))
-        expected = qnoise.fake_quantize(attention.v_proj.weight.detach(), "nvfp4", amax=2 * amax)
+        before = attention.v_proj.effective_weight().clone()
+        attention.k_proj.weight.fill_(float(2.9 * amax))
+        expected = qnoise.fake_quantize(attention.v_proj.weight.detach(), "nvfp4", amax=attention.k_proj.weight.max())
+        assert not torch.equal(expected, before)
         assert torch.equal(attention.v_proj.effective_weight(), expected)
     assert "shared by 3" in qnoise.summary(model).patched["model.layers.0.self_attn.v_proj"]
     qnoise.unpatch_model(model)
@@ -200,14 +201,15 @@ def test_generate(ids) -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), reference)
 
 
-def test_bake(ids) -> None:
+@pytest.mark.parametrize("target", ["rmsnorm", "linear"])
+def test_bake(target, ids) -> None:
     model = tiny_model()
-    patched = logits(qnoise.patch_model(copy.deepcopy(model), "nvfp4", noise="rmsnorm"), ids)
-    qnoise.patch_model(model, "nvfp4", noise="rmsnorm")
-    qnoise.NoiseScheduler(model, qnoise.schedules.Constant(0.1), 10).step()
+    patched = logits(qnoise.patch_model(copy.deepcopy(model), "nvfp4"), ids)
+    qnoise.patch_model(model, "nvfp4", noise=target)
+    qnoise.NoiseScheduler(model, qnoise.schedules.Constant(0.5), 10).step()
     assert qnoise.bake(model) is model
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
-    assert torch.equal(logits(model, ids), patched)
+    assert torch.equal(logits(model, ids), patched), "what is baked in is Q(W), without noise"
 
 
 def test_contexts_nest_and_restore(ids) -> None:

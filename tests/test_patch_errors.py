@@ -100,6 +100,21 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch) -> None:
     assert_same(before, snapshot(model))
 
 
+def test_a_sharded_weight_is_refused_by_name(tmp_path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny_model()
+        fully_shard(model)
+        with pytest.raises(ValueError, match=r"q_proj\.weight is sharded already.*patch_model -> PEFT -> fully_shard"):
+            qnoise.patch_model(model)
+        assert not any(isinstance(m, FakeQuantLinear) for m in model.modules())
+    finally:
+        dist.destroy_process_group()
+
+
 def test_summary_of_an_unpatched_model() -> None:
     with pytest.raises(ValueError, match="Qwen2ForCausalLM is not patched"):
         qnoise.summary(tiny_model())

@@ -226,7 +226,7 @@ def _check(model: nn.Module, config: PatchConfig, decisions: list[Decision]) -> 
         if not isinstance(d.module, Patched):
             check_forward(d.module, d.name)
         for key, parameter in d.module._parameters.items():
-            if type(parameter).__name__ == "DTensor" or hasattr(parameter, "device_mesh"):
+            if hasattr(parameter, "device_mesh"):
                 raise ValueError(
                     f"{d.name}.{key} is sharded already (DTensor). Patch first, then shard: patch_model -> PEFT -> "
                     "fully_shard. Tensor parallelism is not supported."
