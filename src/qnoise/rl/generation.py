@@ -1,0 +1,352 @@
+"""Groups of samples from a causal language model of transformers, with their behaviour log-probabilities.
+
+Why the log-probabilities are recorded while sampling, and not recomputed afterwards: under top-k or top-p the
+tokens come from a truncated, renormalized distribution that a teacher-forced forward does not show, and near
+its edge the set of kept tokens can differ between the two forwards. The recording costs one gather a step; a
+recomputation costs a forward over every sequence. Keeping ``generate``'s list of scores would cost 4·B·T·V
+bytes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .rollouts import Rollout, collect_noise_state
+from .sampling import RecordingSampler, uniforms
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# What model.generation_config may still decide: how generate() computes, not what it draws.
+_KEPT = (
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "compile_config",
+    "disable_compile",
+    "prefill_chunk_size",
+)
+
+
+def generate_groups(
+    model: PreTrainedModel | torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    num_generations: int,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> Rollout:
+    """Sample ``num_generations`` responses to each prompt with ``model.generate``, batched, without gradient.
+
+    Sample i answers prompt ``i // num_generations``, which is its group id. What it draws depends on
+    ``seed``, i and the logits only: neither on ``batch_size`` nor on the global random state, which is left
+    as it was. Give every rollout of a run its own ``seed``. The samples of a group share one forward over
+    their prompt. The model runs in evaluation mode (no dropout) and every module gets its own mode back;
+    sampling settings stored in ``model.generation_config`` (repetition penalty, top-k, …) are not applied.
+    For noise in the rollout call this inside ``qnoise.phase(model, "rollout")``; the noise that is on is
+    recorded in ``Rollout.noise``.
+
+    Args:
+        model: a causal language model of transformers, patched or not, wrapped by PEFT or not.
+        tokenizer: encodes string prompts (with its special tokens), decodes responses, names pad and end
+            tokens.
+        prompts: strings, or lists of token ids (for prompts that went through a chat template). Padded on the
+            left.
+        num_generations: responses a prompt, ≥ 1.
+        max_new_tokens: most tokens of a response, the end-of-sequence token included.
+        temperature: > 0 samples; 0 decodes greedily, and every token then has log-probability 0.
+        top_p: keep the smallest set of tokens whose probability reaches this, 0 < top_p ≤ 1; after ``top_k``.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        seed: 0 … 2⁶⁴−1.
+        batch_size: responses generated at a time; None = all.
+        progress: show a progress bar of decoding steps.
+        eos_token_id: what ends a response; None = those of ``model.generation_config`` and of ``tokenizer``.
+
+    Returns:
+        :class:`Rollout` on the model's device with ``rollout_log_probs`` of the distribution that was sampled
+        (temperature, top-k and top-p included).
+
+    Raises:
+        ValueError: no prompts, an empty prompt, no end-of-sequence token anywhere, prompt +
+            ``max_new_tokens`` beyond the model's context, an option out of range, logits that
+            are not finite.
+        TypeError: prompts that are neither all strings nor all lists of ids; a model without ``generate``.
+    """
+    from transformers.generation.logits_process import LogitsProcessorList
+
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(f"{type(model).__name__} has no generate(); generate_groups needs a model of transformers")
+    _check_options(num_generations, max_new_tokens, temperature, top_p, top_k, seed, batch_size)
+    encoded = _encode(tokenizer, prompts)
+    _check_context(model, encoded, max_new_tokens)
+    eos = _eos_ids(model, tokenizer, eos_token_id)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    config = _generation_config(model, max_new_tokens, eos, pad)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device: torch.device = embeddings.weight.device
+    prompt_ids, prompt_mask = _pad_left(encoded, pad, device)
+
+    count = len(encoded) * num_generations
+    batch_size = min(batch_size or count, count)
+    starts = range(0, count, batch_size)
+    noise = collect_noise_state(model)
+    ids: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    with _set_up(model), torch.no_grad(), _bar(progress, len(starts) * max_new_tokens) as bar:
+        for batch, start in enumerate(starts):
+            samples = range(start, min(start + batch_size, count))
+            uniform = uniforms(seed, samples, max_new_tokens).to(device) if temperature > 0 else None
+            sampler = RecordingSampler(uniform, temperature, top_p, top_k, bar and bar.update)
+            rows = torch.arange(samples.start, samples.stop, device=device) // num_generations
+            new = _generate(model, config, LogitsProcessorList([sampler]), prompt_ids, prompt_mask, rows)
+            ids.append(new)
+            log_probs.append(torch.stack(sampler.recorded[: new.shape[1]], -1))
+            if bar:
+                bar.update((batch + 1) * max_new_tokens - bar.n)
+
+    response_ids = _join_right(ids, pad)
+    is_eos = torch.isin(response_ids, torch.tensor(eos, device=device))
+    # A position counts up to and including the first end token. (A batch that is narrower than another one has an end
+    # in each of its rows, so what fills it up on the right never counts.)
+    response_mask = (is_eos.cumsum(-1) - is_eos.long()) == 0
+    rollout_log_probs = torch.where(response_mask, _join_right(log_probs, 0.0), 0.0)
+    _check_finite(rollout_log_probs)
+    lengths = response_mask.sum(-1)
+    groups = torch.arange(count, device=device) // num_generations
+    return Rollout(
+        prompt_ids=prompt_ids[groups],
+        prompt_mask=prompt_mask[groups],
+        response_ids=torch.where(response_mask, response_ids, pad),
+        response_mask=response_mask,
+        rollout_log_probs=rollout_log_probs,
+        finished=(is_eos & response_mask).any(-1),
+        lengths=lengths,
+        group_ids=groups,
+        texts=tuple(
+            tokenizer.batch_decode(
+                [row[:length] for row, length in zip(response_ids.tolist(), lengths.tolist(), strict=True)],
+                skip_special_tokens=True,
+            )
+        ),
+        noise=noise,
+        sampling={
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+        },
+    )
+
+
+def _generate(
+    model: Any,
+    config: GenerationConfig,
+    processors: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    rows: Tensor,
+) -> Tensor:
+    """(len(rows), T) response ids to the prompts named by ``rows``."""
+    used, index = torch.unique(rows, return_inverse=True)
+    ids, mask = prompt_ids[used], prompt_mask[used].long()
+    first = int(mask.argmax(-1).min())  # the columns before it are padding in every row of this batch
+    ids, mask = ids[:, first:], mask[:, first:]
+    cache = None
+    if len(used) < len(rows) and config.cache_implementation in (None, "hybrid"):  # not if the user chose another
+        cache = _shared_prefix(model, ids, mask)
+    if cache is not None:
+        cache.batch_select_indices(index)
+    ids, mask = ids[index], mask[index]
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        generation_config=config,
+        logits_processor=processors,
+    )
+    return out[:, ids.shape[1] :]
+
+
+def _shared_prefix(model: Any, ids: Tensor, mask: Tensor) -> Any:
+    """The key-value cache of all prompt tokens but the last, computed once a prompt.
+
+    None where the model does not work with a plain growing cache that can be copied to every sample of a
+    group; ``generate`` then runs the prompt of every sample, with the same result.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    accepted = inspect.signature(_unwrapped(model).forward).parameters
+    if not {"position_ids", "past_key_values", "logits_to_keep"} <= set(accepted):
+        return None
+    ids, mask = ids[:, :-1], mask[:, :-1]
+    if ids.shape[1] == 0:
+        return None
+    cache = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    growing = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is not DynamicCache or not all(type(layer) in growing for layer in cache.layers):
+        return None
+    return cache
+
+
+def _check_options(
+    num_generations: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    batch_size: int | None,
+) -> None:
+    if num_generations < 1:
+        raise ValueError(f"num_generations must be at least 1, got {num_generations}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (all tokens) or positive, got {top_k}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, or None for all at once, got {batch_size}")
+
+
+def _encode(tokenizer: Any, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list of strings or of lists of token ids, got one string")
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty; give at least one prompt")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        encoded = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    elif any(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError("prompts mixes strings and lists of token ids; give one kind")
+    else:
+        encoded = [[int(token) for token in prompt] for prompt in prompts]
+    for index, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"prompts[{index}] = {prompts[index]!r} has no tokens; there is nothing to continue")
+    return encoded
+
+
+def _check_context(model: Any, encoded: list[list[int]], max_new_tokens: int) -> None:
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    length, longest = max((len(ids), index) for index, ids in enumerate(encoded))
+    if limit is not None and length + max_new_tokens > limit:
+        raise ValueError(
+            f"prompts[{longest}] has {length} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
+            f"model's context of {limit} tokens (max_position_embeddings)"
+        )
+
+
+def _eos_ids(model: Any, tokenizer: Any, given: int | Sequence[int] | None) -> list[int]:
+    found: set[int] = set()
+    own = getattr(model, "generation_config", None)
+    sources = (given,) if given is not None else (getattr(own, "eos_token_id", None), tokenizer.eos_token_id)
+    for source in sources:
+        if source is not None:
+            found.update([source] if isinstance(source, int) else source)
+    if not found:
+        raise ValueError(
+            "neither tokenizer.eos_token_id nor model.generation_config.eos_token_id is set, so no response "
+            "could end; set one or pass eos_token_id"
+        )
+    return sorted(found)
+
+
+def _generation_config(model: Any, max_new_tokens: int, eos: list[int], pad: int) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        **{name: getattr(own, name, None) for name in _KEPT},
+    )
+
+
+def _pad_left(encoded: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, encoded))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=device)
+    lengths = torch.tensor([len(row) for row in encoded], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+def _join_right(parts: list[Tensor], fill: float) -> Tensor:
+    """Matrices of different widths under one another, filled up on the right."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
+
+
+def _check_finite(log_probs: Tensor) -> None:
+    bad = (~log_probs.isfinite()).nonzero().tolist()
+    if bad:
+        sample, token = bad[0]
+        raise ValueError(
+            f"the model gave logits that are not finite: sample {sample}, token {token} ({len(bad)} tokens in all)"
+        )
+
+
+@contextmanager
+def _set_up(model: Any) -> Iterator[None]:
+    """Evaluation mode and no stored generation settings inside; afterwards everything as it was.
+
+    ``generate`` fills whatever a call leaves open from ``model.generation_config``: a repetition penalty or a list
+    of suppressed tokens there would change what is drawn behind the recorded log-probabilities.
+    """
+    from transformers import GenerationConfig
+
+    modes = [(module, module.training) for module in model.modules()]  # they may differ
+    owners = [owner for owner in (model, _unwrapped(model)) if hasattr(owner, "generation_config")]
+    stored = [(owner, owner.generation_config) for owner in owners]
+    try:
+        model.eval()
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in stored:
+            owner.generation_config = config
+        for module, mode in modes:
+            module.training = mode
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model of transformers inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _bar(show: bool, total: int) -> Iterator[Any]:
+    if not show:
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="rollout", unit="step") as bar:
+        yield bar
