@@ -1,0 +1,193 @@
+"""Block-scaled quantization in plain PyTorch: the numerics that every other path of the library reproduces.
+
+What it does
+------------
+A block is ``block_size`` neighbours along one axis, the axis a matrix product contracts. Each block gets
+one 8-bit scale, each element a code of 4 to 8 bits, and the value is ``code * scale``. "Fake"
+quantization returns that value in the dtype of the input; real quantization returns the codes and scales.
+
+The order of operations, which is part of the contract
+------------------------------------------------------
+1. The input is converted to fp32 (fp64 is rounded here, before anything else).
+2. The block axis becomes the last one, and each row is padded with zeros to whole blocks. Blocks never
+   run over the end of a row: a ragged tail is its own short block.
+3. ``amax`` of each block, exactly; from it the scale, by the rule of the scale mode (``scales.py``).
+   Exponents are read from the bits of the fp32 number, never from log2, which is wrong in fp32 next to a
+   power of two.
+4. ``u = |x| / scale``: one IEEE division by the very number that will multiply later. For NVFP4 that
+   number is ``S / gs`` rounded to fp32, where ``gs = fp32(448 * 6 / amax_tensor)`` is kept as the divisor
+   and ``S = E4M3(amax_block / 6 * gs)``, evaluated from left to right, with subnormals, saturating at
+   448.
+5. ``u`` is rounded to the element's grid and saturates at its maximum (``rounding.py``): to nearest with
+   ties to even, to nearest with ties away from zero, or stochastically.
+6. ``x_hat = copysign(rounded * scale, x)`` in fp32, then one cast to the dtype of the input.
+
+Special values
+--------------
+* Zero stays zero and keeps its sign; a negative number that rounds to zero gives -0. MXINT8 is two's
+  complement, has no -0, and gives +0. A block whose NVFP4 scale underflows to 0 is all zeros.
+* A block with NaN or Inf is NaN throughout (scale byte 0xFF, or the NaN of E4M3); the other blocks are
+  not touched. The per-tensor amax is taken over the finite values.
+* Elements saturate, finite results can still overflow: FLT_MAX under ``rceil``, or 65504 in fp16, may
+  round up to Inf. fp32 subnormals must not be flushed to zero (``torch.set_flush_denormal``): the E8M0
+  scale 2**-127 is one.
+* gs is at most 2**126, reached where amax_tensor < 2688 * 2**-126 (about 3e-35). Smaller tensors lose
+  precision.
+
+Laws (each is a property test)
+------------------------------
+* Scaling by 2**k scales the result by 2**k exactly, as long as no E8M0 scale is clamped, gs is below its
+  bound and no number leaves the normal range of fp32. Not for ``single_level``, whose scales have a fixed
+  range.
+* Inside a block, rounded to nearest, x <= y gives x_hat <= y_hat; Q(-x) = -Q(x); blocks do not see each
+  other (in NVFP4: given amax).
+* Rounding to nearest is idempotent, Q(Q(x)) = Q(x), in fp32 for E8M0 scales in every mode: the maximum of
+  a rounded block leads back to the same scale, or to half of it, on whose grid twice every value lies
+  too; ``mse`` finds an error of 0 among its candidates.
+* With E4M3 scales it holds for a fixed ``amax`` where the block scale S is a normal E4M3 number (>=
+  2**-6). It fails for ``amax=None``, because the maximum of the result differs from that of the input by
+  a rounding, which moves gs; and where S is subnormal, because its rounding error then shifts the block
+  maximum off the code 6 that the scale is computed from. Stochastic rounding has no such law: an e4m3
+  block maximum in ``even`` mode that was rounded down is clipped the second time.
+
+Stochastic rounding
+-------------------
+Takes the upper neighbour with the probability of the remainder, so the mean is the input (to 2**-24 of a
+step) for every element that is not clipped. Nothing is clipped by ``rceil`` and ``ceil``. ``floor``,
+``even`` and ``mse`` let the largest elements of a block exceed the grid, and so does NVFP4 where S was
+rounded down: there the clipping is a bias. The uniform number of an element is a function of (seed,
+offset, linear index), see ``philox.py``. Scales are chosen as for rounding to nearest.
+
+Where others differ
+-------------------
+* microxcaling takes exponents by log2 in the dtype of the input and rounds by adding 0.5, which lifts the
+  number just below a tie; here both are exact.
+* torchao divides by 2**-126 but multiplies by 2**-127 where an E8M0 scale is at its low end, keeps NVFP4
+  block scales above 2**-6 and multiplies by reciprocals; here one number does both, subnormal scales
+  exist, and a division is a division.
+* Libraries that evaluate ``S * (1 / gs)`` differ from ``S / gs`` by one unit in the last place at some
+  amax.
+* ModelOpt's MXFP4 breaks ties toward zero. compressed-tensors uses the threshold of fp4 in ``even`` mode
+  for 8-bit elements too.
+* An all-zero NVFP4 tensor is NaN in ModelOpt and torchao, and one NaN there poisons the whole tensor;
+  here neither.
+* ``four_over_six`` gives a tie to the larger scale (maximum on 4); its authors give it to the smaller.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formats import QuantSpec
+from .packing import BlockQuantized, encode, pack
+from .philox import uniform
+from .rounding import round_magnitude
+from .scales import Scales, divide, select_scales
+
+
+def fake_quantize(
+    x: Tensor,
+    spec: QuantSpec,
+    *,
+    axis: int = -1,
+    amax: Tensor | None = None,
+    seed: tuple[int, int] | None = None,
+) -> Tensor:
+    """Quantize and dequantize ``x``; no gradient rule, no checks (``functional.py`` is the public door).
+
+    Args:
+        x: floating-point tensor of any shape and stride.
+        spec: format, scale mode and rounding.
+        axis: the axis the blocks lie along.
+        amax: what fixes the per-tensor scale: 0-d, or of ``x``'s shape with ``axis`` reduced to 1; None for
+            the finite amax of ``x``.
+        seed: (seed, offset) for stochastic rounding.
+
+    Returns:
+        Tensor of ``x``'s shape, dtype and device; contiguous.
+    """
+    blocks = to_blocks(x, axis, spec)
+    scales, rounded = _round_blocks(blocks, x, spec, axis, amax, seed)
+    values = rounded * scales.value().unsqueeze(-1)
+    if spec.block_format.element.is_integer:
+        # Two's complement has no -0, so neither has what it dequantizes to.
+        values = torch.where((blocks < 0) & (rounded > 0), -values, values)
+    else:
+        values = torch.copysign(values, blocks)
+    return _from_blocks(values, x, axis)
+
+
+def quantize(
+    x: Tensor,
+    spec: QuantSpec,
+    *,
+    axis: int = -1,
+    amax: Tensor | None = None,
+    seed: tuple[int, int] | None = None,
+) -> BlockQuantized:
+    """Quantize ``x`` to packed codes and scales. Arguments as for :func:`fake_quantize`."""
+    blocks = to_blocks(x, axis, spec)
+    scales, rounded = _round_blocks(blocks, x, spec, axis, amax, seed)
+    element = spec.block_format.element
+    codes = encode(rounded, torch.signbit(blocks), element).flatten(-2)
+    return BlockQuantized(
+        pack(codes, element.bits).contiguous(),
+        scales.codes,
+        scales.per_tensor,
+        x.shape,
+        spec,
+        axis % max(x.ndim, 1),
+        x.dtype,
+    )
+
+
+def block_scales(x: Tensor, spec: QuantSpec, *, axis: int = -1, amax: Tensor | None = None) -> Tensor:
+    """The fp32 scale that multiplies each element of ``x``: same shape as ``x``, equal within a block."""
+    blocks = to_blocks(x, axis, spec)
+    value = select_scales(blocks, spec, _rows_of(amax, axis)).value()
+    return _from_blocks(value.unsqueeze(-1).expand(blocks.shape), x.to(torch.float32), axis)
+
+
+def to_blocks(x: Tensor, axis: int, spec: QuantSpec) -> Tensor:
+    """``x`` in fp32 as (..., blocks, block_size): ``axis`` last, rows padded with zeros to whole blocks."""
+    size = spec.block_format.block_size
+    rows = (x.reshape(1) if x.ndim == 0 else x.movedim(axis, -1)).to(torch.float32)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % size))
+    return rows.unflatten(-1, (rows.shape[-1] // size, size))
+
+
+def _from_blocks(blocks: Tensor, like: Tensor, axis: int) -> Tensor:
+    if like.ndim == 0:
+        return blocks.flatten()[0].to(like.dtype)
+    rows = blocks.flatten(-2)[..., : like.shape[axis]]
+    return rows.movedim(-1, axis).to(like.dtype).contiguous()
+
+
+def _rows_of(amax: Tensor | None, axis: int) -> Tensor | None:
+    """``amax`` laid out as the blocks are: its reduced axis last."""
+    if amax is None or amax.ndim == 0:
+        return amax
+    return amax.movedim(axis, -1)
+
+
+def _round_blocks(
+    blocks: Tensor, x: Tensor, spec: QuantSpec, axis: int, amax: Tensor | None, seed: tuple[int, int] | None
+) -> tuple[Scales, Tensor]:
+    """The scales of the blocks and the magnitudes in units of them, rounded to the element's grid."""
+    scales = select_scales(blocks, spec, _rows_of(amax, axis))
+    draws = None
+    if spec.rounding == "stochastic":
+        if seed is None:
+            raise ValueError("rounding='stochastic' needs a (seed, offset) pair")
+        draws = uniform(_linear_index(blocks, x.shape[axis] if x.ndim else 1), *seed)
+    units = divide(blocks.abs(), scales.value().unsqueeze(-1))
+    return scales, round_magnitude(units, spec.block_format.element, spec.rounding, draws)
+
+
+def _linear_index(blocks: Tensor, length: int) -> Tensor:
+    """Index of each element in the row-major tensor with the block axis last; padding has arbitrary ones."""
+    padded = blocks.shape[-2] * blocks.shape[-1]
+    rows = blocks.numel() // padded if padded else 0
+    start = torch.arange(rows, device=blocks.device).unsqueeze(-1) * length
+    return (start + torch.arange(padded, device=blocks.device)).reshape(blocks.shape)

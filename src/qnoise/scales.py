@@ -1,0 +1,175 @@
+"""The scale of every block: which number each scale mode stores, and what that number multiplies.
+
+All rules start from ``amax``, the largest magnitude of the block, in fp32: ``amax = m * 2**e``, 1 <= m <
+2. ``emax`` and ``max`` are those of the element.
+
+E8M0 scales 2**s, with s clamped to [-127, 127] and stored as the byte s + 127:
+
+* ``floor``: s = e - emax (OCP Microscaling v1.0, section 6.3). Clips a block maximum with m > max /
+  2**emax.
+* ``rceil``: s = ceil(log2(amax / max)), the smallest power of two that clips nothing (NVIDIA, cuBLAS).
+* ``ceil``: s = e - emax + (m > 1).
+* ``even``: s = e - emax + (m >= 2 - 2**-(mantissa_bits + 1)): one up where m would round to 2.
+* ``mse``: the one of floor - 1, floor and floor + 1 with the least squared error over the block.
+
+E4M3 scales S under one fp32 divisor gs (NVFP4; arXiv 2509.25149); the block is multiplied by S / gs:
+
+* ``two_level``: gs = 448 * 6 / amax_tensor, S = E4M3(amax / 6 * gs).
+* ``single_level``: gs = 1, S = E4M3(amax / 6). Blocks with amax < 6 * 2**-6 = 0.094 have subnormal scales
+  and lose precision; weights are often that small.
+* ``four_over_six``: gs = 256 * 6 / amax_tensor and the one of S = E4M3(amax / 6 * gs) and S = E4M3(amax /
+  6 * gs * 1.5) with the lower squared error: the maximum lands on 6 or on 4 (arXiv 2512.02010).
+* ``mse``: gs as in ``two_level``; the S of least squared error among the 17 E4M3 codes within 8 of the
+  code of ``two_level``, clamped to codes 1 to 126.
+
+Squared errors are summed in fp32 by a halving tree over the zero-padded block (first half plus second
+half, again and again), every product and sum rounded on its own, with elements rounded to nearest
+whatever the final rounding. They are measured in units of the ``floor`` scale or of 1 / gs, so that they
+neither overflow nor depend on a factor 2**k. Equal errors go to the larger scale. A block of zeros keeps
+the scale of the plain rule.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .formats import E4M3, ElementFormat, QuantSpec
+from .rounding import BIAS, MANTISSA, power_of_two, round_magnitude, split_fp32
+
+_LARGEST_DIVISOR = 2.0**126
+"""Bound of gs, so that 1 / gs stays a normal number: reached where amax_tensor < 2688 * 2**-126."""
+
+
+class Scales(NamedTuple):
+    """The scales of a blocked tensor.
+
+    Attributes:
+        codes: ``float8_e8m0fnu`` or ``float8_e4m3fn``, shape (..., blocks). NaN where a block holds NaN or
+            Inf.
+        per_tensor: the fp32 divisor gs of E4M3 scales, 0-d or (..., 1); None for E8M0.
+    """
+
+    codes: Tensor
+    per_tensor: Tensor | None
+
+    def value(self) -> Tensor:
+        """What multiplies the elements of each block, fp32 (..., blocks): 2**s, or S / gs."""
+        codes = self.codes.to(torch.float32)
+        return codes if self.per_tensor is None else codes / self.per_tensor
+
+
+def select_scales(blocks: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> Scales:
+    """Choose the scale of every block by ``spec.scale_mode``.
+
+    Args:
+        blocks: fp32 (..., blocks, block_size), zero-padded.
+        spec: format and scale mode.
+        amax: fp32, 0-d or (..., 1): what fixes the per-tensor scale; None takes it from the finite values
+            of ``blocks``.
+
+    Returns:
+        The scales; those of blocks with NaN or Inf are NaN.
+    """
+    magnitude = blocks.abs()
+    peak = magnitude.amax(-1)
+    if spec.block_format.per_tensor_scale:
+        return _e4m3_scales(magnitude, peak, spec, amax)
+    return Scales(_e8m0_scales(magnitude, peak, spec), None)
+
+
+def _e8m0_scales(magnitude: Tensor, peak: Tensor, spec: QuantSpec) -> Tensor:
+    element, mode = spec.block_format.element, spec.scale_mode
+    exponent, mantissa = split_fp32(peak)
+    exponent = exponent - element.emax
+    if mode == "rceil":
+        exponent = exponent + (mantissa > _mantissa_bits(element.max / 2.0**element.emax))
+    elif mode == "ceil":
+        exponent = exponent + (mantissa > 0)
+    elif mode == "even":
+        exponent = exponent + (mantissa >= _mantissa_bits(2 - 2.0 ** -(element.mantissa_bits + 1)))
+    exponent = exponent.clamp(-BIAS, BIAS)
+    if mode == "mse":
+        exponent = _least_error_exponent(magnitude, exponent, element)
+    byte = torch.where(torch.isfinite(peak), exponent + BIAS, 255)
+    return byte.to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def _mantissa_bits(m: float) -> int:
+    """The fp32 mantissa bits of 1 <= m < 2."""
+    return round((m - 1) * 2**MANTISSA)
+
+
+def _least_error_exponent(magnitude: Tensor, floor: Tensor, element: ElementFormat) -> Tensor:
+    unit = magnitude / power_of_two(floor).unsqueeze(-1)
+    best = torch.full_like(unit[..., 0], torch.inf)
+    chosen = floor
+    for step in (1, 0, -1):  # largest scale first: it keeps a tie
+        candidate = (floor + step).clamp(-BIAS, BIAS)
+        ratio = power_of_two(candidate - floor).unsqueeze(-1)
+        error = halving_sum((round_magnitude(unit / ratio, element) * ratio - unit).square())
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, candidate, chosen)
+    return torch.where(magnitude.amax(-1) > 0, chosen, floor)
+
+
+def _e4m3_scales(magnitude: Tensor, peak: Tensor, spec: QuantSpec, amax: Tensor | None) -> Scales:
+    element, mode = spec.block_format.element, spec.scale_mode
+    divisor = _per_tensor_divisor(magnitude, element, mode, amax)
+    # Divisor and dividend are tensors throughout: torch turns a Python number in a division into a multiplication
+    # by its reciprocal (number / tensor always, tensor / number on CUDA), which is rounded twice.
+    target = peak / torch.full_like(peak, element.max) * divisor
+    scale = round_magnitude(target, E4M3)
+    if mode == "four_over_six":
+        candidates = [round_magnitude(target * 1.5, E4M3), scale]
+        scale = _least_error_scale(magnitude, candidates, divisor, element)
+    elif mode == "mse":
+        code = scale.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
+        candidates = [_e4m3_of_code((code + step).clamp(1, 126)) for step in range(8, -9, -1)]
+        scale = torch.where(peak > 0, _least_error_scale(magnitude, candidates, divisor, element), scale)
+    scale = torch.where(torch.isfinite(peak), scale, torch.nan)
+    return Scales(scale.to(torch.float8_e4m3fn), divisor)
+
+
+def _per_tensor_divisor(magnitude: Tensor, element: ElementFormat, mode: str | None, amax: Tensor | None) -> Tensor:
+    if mode == "single_level":
+        return torch.ones((), dtype=torch.float32, device=magnitude.device)
+    if amax is None:
+        finite = torch.where(torch.isfinite(magnitude), magnitude, 0.0)
+        amax = finite.amax() if finite.numel() else finite.new_zeros(())
+    top = 256.0 if mode == "four_over_six" else E4M3.max
+    divisor = (torch.full_like(amax, top * element.max) / amax).clamp(max=_LARGEST_DIVISOR)
+    # A negative or NaN amax is a caller's error that must show: NaN everywhere.
+    return torch.where(amax > 0, divisor, torch.where(amax == 0, 1.0, torch.nan))
+
+
+def _e4m3_of_code(code: Tensor) -> Tensor:
+    return code.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+
+
+def _least_error_scale(magnitude: Tensor, candidates: list[Tensor], divisor: Tensor, element: ElementFormat) -> Tensor:
+    """The candidate of least squared error per block; ``candidates`` run from the largest to the smallest."""
+    chosen = candidates[0]
+    best = torch.full_like(chosen, torch.inf)
+    for candidate in candidates:
+        scale = (candidate / divisor).unsqueeze(-1)
+        rounded = round_magnitude(divide(magnitude, scale), element) * scale
+        error = halving_sum(((rounded - magnitude) * divisor.unsqueeze(-1)).square())
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, candidate, chosen)
+    return chosen
+
+
+def divide(magnitude: Tensor, scale: Tensor) -> Tensor:
+    """``magnitude / scale``, and 0 where the scale is 0 (an E4M3 scale that underflowed)."""
+    return torch.where(scale == 0, 0.0, magnitude / scale)
+
+
+def halving_sum(values: Tensor) -> Tensor:
+    """Sum over the last axis, of a power-of-two length: first half plus second half, until one is left."""
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
