@@ -1,4 +1,4 @@
-"""The notebooks as committed: with outputs, without warnings or paths of somebody's machine. (`make notebooks` runs them.)"""
+"""The notebooks as committed: with outputs, without warnings or paths of a machine. `make notebooks` runs them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,196 @@
+"""The settings of a run, as values: presets (task, model, recipe) and arms (what is done to the base)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Task, model and recipe of a run. The defaults are the report's: DAPO with LoRA, noise in ten stages."""
+
+    name: str
+    task: str  # "words" (generated) or "gsm8k" (a data set)
+    model: str  # folder or hub name; "{checkpoint}" stands for seed modulo `checkpoints`
+    checkpoints: int = 1
+    data: str = ""  # folder with train.jsonl and test.jsonl, one JSONL file, or a hub name
+    split: str = "test"  # stream that accuracy is measured on: "test", or "dev" while choosing settings
+    eval_problems: int = 1000
+    instruction: str = ""  # appended to every question
+
+    steps: int = 29
+    prompts_per_step: int = 128
+    num_generations: int = 8
+    generation_rounds: int = 1  # rounds of prompts_per_step prompts, until enough groups are informative
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    reward: str = "strict"  # "strict" asks for `#### N`, "flexible" for the last number
+    overlong_buffer: int = 256
+    overlong_penalty: float = 0.5
+
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.25
+    loss_agg_mode: str = "token-mean"
+    mini_batches: int = 1  # optimizer steps per rollout
+    micro_batch: int = 16  # sequences per forward and backward
+    generation_batch: int = 256  # sequences generated at a time
+
+    lora_rank: int = 32
+    lora_alpha: int = 16
+    lr: float = 1e-5
+    lr_decay: str = "constant"  # after the warm-up: "constant" or "linear" to zero
+    warmup: int = 10  # steps
+    max_grad_norm: float = 1.0
+
+    sigma_start: float = 0.01
+    sigma_end: float = 0.0001
+    noise_stages: int = 10
+
+    dtype: str = "float32"  # of the frozen base
+    gradient_checkpointing: bool = False
+    threads: int = 1  # of the CPU; part of the settings, because sums depend on it
+    save_every: int = 1  # steps between checkpoints of a run
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"preset {self.name!r}: {name} is {getattr(self, name)!r}; it must be one of "
+                    f"{', '.join(allowed)}{_nearest(str(getattr(self, name)), allowed)}"
+                )
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"preset {self.name!r}: {name} is {getattr(self, name)!r}; it must be at least 1")
+
+    def changed(self, **fields: Any) -> Preset:
+        """A copy with other values; unknown names and values of the wrong type raise ValueError."""
+        known = {field.name: type(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        for name, value in fields.items():
+            if name not in known:
+                raise ValueError(
+                    f"a preset has no field {name!r}{_nearest(name, known)}; the fields are {', '.join(known)}"
+                )
+            fields[name] = _convert(name, value, known[name])
+        return dataclasses.replace(self, **fields)
+
+
+_CHOICES = {
+    "task": ("words", "gsm8k"),
+    "split": ("test", "dev"),
+    "reward": ("strict", "flexible"),
+    "lr_decay": ("constant", "linear"),
+    "loss_agg_mode": ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"),
+    "dtype": ("float32", "bfloat16"),
+}
+_AT_LEAST_ONE = (
+    "checkpoints", "eval_problems", "steps", "prompts_per_step", "num_generations", "generation_rounds",
+    "max_new_tokens", "mini_batches", "micro_batch", "generation_batch", "lora_rank", "threads", "save_every",
+)  # fmt: skip
+
+TINY_WORDS = Preset(
+    name="tiny-words",
+    task="words",
+    model="checkpoints/words-{checkpoint}",
+    checkpoints=3,
+    eval_problems=1000,
+    steps=20,
+    prompts_per_step=32,
+    max_new_tokens=44,
+    overlong_buffer=6,
+    mini_batches=2,
+    micro_batch=64,
+    lora_rank=8,
+    lora_alpha=16,
+    lr=1e-3,
+    lr_decay="linear",
+    warmup=2,
+)
+GSM8K = Preset(
+    name="gsm8k-qwen2.5-1.5b",
+    task="gsm8k",
+    model="Qwen/Qwen2.5-1.5B-Instruct",
+    data="openai/gsm8k",
+    instruction='Let\'s think step by step and output the final answer after "####".',
+    eval_problems=1319,
+    generation_rounds=2,
+    dtype="bfloat16",
+    gradient_checkpointing=True,
+    save_every=5,
+)
+PRESETS = {preset.name: preset for preset in (TINY_WORDS, GSM8K)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is done to the base while it is trained and evaluated.
+
+    `noise_during` names the phases in which norm noise acts: ("rollout",) is QeRL's behaviour and the report's,
+    ("rollout", "training") shares the noise with the trained policy, () is none.
+    `sampling_stream` tells apart runs that differ in chance alone.
+    """
+
+    name: str
+    label: str
+    fmt: str | None
+    noise_during: tuple[str, ...] = ()
+    sampling_stream: int = 0
+    note: str = ""
+
+
+_ARMS = (
+    Arm("bf16", "BF16 + LoRA", None, note="full precision: bf16 weights; on a CPU the arithmetic is fp32"),
+    Arm("mxfp4", "MXFP4 + LoRA", "mxfp4", note="frozen base in MXFP4"),
+    Arm("mxfp4-aa", "MXFP4 + LoRA (A/A)", "mxfp4", (), 1, note="MXFP4 with other random samples: the size of chance"),
+    Arm("mxfp4+noise", "MXFP4 + LoRA + noise", "mxfp4", ("rollout",), note="norm noise in the rollout only (AQN)"),
+    Arm(
+        "mxfp4+shared-noise",
+        "MXFP4 + LoRA + shared noise",
+        "mxfp4",
+        ("rollout", "training"),
+        note="the same norm noise in rollout and training",
+    ),
+    Arm("nvfp4", "NVFP4 + LoRA", "nvfp4", note="frozen base in NVFP4"),
+    Arm("nvfp4-aa", "NVFP4 + LoRA (A/A)", "nvfp4", (), 1, note="NVFP4 with other random samples"),
+    Arm("nvfp4+noise", "NVFP4 + LoRA + noise", "nvfp4", ("rollout",), note="norm noise in the rollout only (AQN)"),
+)
+ARMS = {arm.name: arm for arm in _ARMS}
+DEMO_ARMS = ("bf16", "mxfp4", "mxfp4-aa", "mxfp4+noise")
+
+
+def preset(name: str) -> Preset:
+    return _find("preset", name, PRESETS)
+
+
+def arm(name: str) -> Arm:
+    return _find("arm", name, ARMS)
+
+
+def _find(what: str, name: str, table: dict[str, Any]) -> Any:
+    if name not in table:
+        raise ValueError(f"no {what} {name!r}{_nearest(name, table)}; there are {', '.join(table)}")
+    return table[name]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _convert(name: str, value: Any, kind: type) -> Any:
+    """Text from a command line, or a value, as `kind`."""
+    if kind is bool and isinstance(value, str):
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"{name} is {value!r}; it must be true or false")
+        return value.lower() == "true"
+    if isinstance(value, str) or (kind is float and type(value) is int):
+        try:
+            return kind(value)
+        except ValueError:
+            raise ValueError(f"{name} is {value!r}; it must be of type {kind.__name__}") from None
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+    return value
