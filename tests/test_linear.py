@@ -292,3 +292,27 @@ def test_repr_and_state_dict_are_readable() -> None:
     assert "nvfp4" in repr(linear)
     assert "mxfp8_e4m3" in repr(linear)
     assert list(linear.state_dict()) == ["weight", "bias"]
+
+
+def test_a_frozen_cached_layer_runs_the_operations_of_nn_linear(x) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.operations: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.operations.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    linear = make("nvfp4")
+    linear.requires_grad_(False)
+    stock = linear.to_linear()
+    linear(x)
+    counts = []
+    for module in (linear, stock):
+        with Count() as count:
+            module(x)
+        counts.append(count.operations)
+    assert counts[0] == counts[1]

@@ -60,3 +60,17 @@ def test_modules_added_after_patching_are_not_passed_over() -> None:
     assert "added after patching" in qnoise.summary(model).skipped["model.layers.0.mlp.up_proj"]
     qnoise.patch_model(model)
     assert "model.layers.0.mlp.up_proj" in qnoise.summary(model).patched
+
+
+def test_fused_experts_and_routers_are_listed() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=50, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    skipped = qnoise.summary(qnoise.patch_model(AutoModelForCausalLM.from_config(config))).skipped
+    assert "gate_up_proj, down_proj" in skipped["model.layers.0.mlp.experts"]
+    assert "TopKRouter" in skipped["model.layers.0.mlp.gate"]
+    assert "model.embed_tokens" not in skipped

@@ -67,10 +67,10 @@ def _draw_curves(axis: Axes, summary: dict[str, Any], name: str, title: str, log
             continue  # nothing but zeros: an arm without noise
         mean = [_mean([curve[step] for curve in seeds]) for step in range(len(seeds[0]))]
         steps = range(1, len(mean) + 1)
+        shape = "steps-mid" if name == "sigma" else "default"
         for curve in seeds if len(seeds) > 1 else []:
-            axis.plot(steps, _gaps(curve, logarithmic), color=COLOURS[arm], lw=0.6, alpha=0.35)
-        steps_or_line = "steps-mid" if name == "sigma" else "default"
-        axis.plot(steps, _gaps(mean, logarithmic), color=COLOURS[arm], ls=_style(arm), lw=1.8, drawstyle=steps_or_line)
+            axis.plot(steps, _gaps(curve, logarithmic), color=COLOURS[arm], lw=0.6, alpha=0.35, drawstyle=shape)
+        axis.plot(steps, _gaps(mean, logarithmic), color=COLOURS[arm], ls=_style(arm), lw=1.8, drawstyle=shape)
     if logarithmic:
         axis.set_yscale("log")
     axis.set_title(title, fontsize=10.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,17 @@ img {{ max-width: 100%; }}
 </style></head><body>
 <h1>What 4 bits cost an RL run: preset {html.escape(preset["name"])}</h1>
 {"".join(map(_html_table, tables(summary))) or "<p>No run is finished.</p>"}
-<ul>{"".join(f"<li>{html.escape(line)}</li>" for line in sentences(summary))}</ul>
+<ul>{"".join(f"<li>{_prose(line)}</li>" for line in sentences(summary))}</ul>
 {image}
 <h2>Arms</h2>{_facts(arms)}
 <h2>How it was made</h2>{_facts(list(facts.items()))}
 <h2>Settings</h2>{_facts([(name, str(value)) for name, value in preset.items()])}
 </body></html>
 """
+
+
+def _prose(line: str) -> str:
+    return re.sub(r"`(.*?)`", r"<code>\1</code>", html.escape(line))
 
 
 def _percent(value: dict[str, Any]) -> str:

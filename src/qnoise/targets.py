@@ -1,6 +1,7 @@
 """Which modules of a model are converted, and why the others are not.
 
-One walk over the model makes one `Decision` per linear and per norm; `patch_model` carries the decisions out and
+One walk over the model makes one `Decision` per linear, per norm and per module with matrices of its own (fused
+experts, routers); `patch_model` carries the decisions out and
 `summary` prints them, so what is reported is what was done.
 """
 
@@ -19,7 +20,7 @@ from qnoise.names import canonical_name, layer_index, matches
 from qnoise.nn.linear import FakeQuantLinear
 from qnoise.nn.norm import NoisyRMSNorm, is_rms_norm
 
-Kind = Literal["linear", "norm"]
+Kind = Literal["linear", "norm", "other"]
 
 # Stock class -> the class it becomes. Exact types: a subclass has a forward of its own.
 CONVERTIBLE_LINEARS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FakeQuantLinear}
@@ -51,7 +52,7 @@ class Decision:
 
 
 def decide(model: nn.Module, config: PatchConfig) -> list[Decision]:
-    """One decision per linear and norm of the model, in the order of `named_modules`."""
+    """One decision per linear, norm and other holder of matrices, in the order of `named_modules`."""
     heads = {id(module) for module in _heads(model)}
     adapters = _adapter_prefixes(model)
     decisions = []
@@ -66,7 +67,17 @@ def decide(model: nn.Module, config: PatchConfig) -> list[Decision]:
             if any(True for _ in module.children()):
                 continue
             decisions.append(_decide_norm(path, name, module, config))
+        elif matrices := _own_matrices(module):
+            reason = f"matrices of its own ({', '.join(matrices)}) that no linear holds ({type(module).__name__})"
+            decisions.append(Decision(path, name, module, "other", reason))
     return decisions
+
+
+def _own_matrices(module: nn.Module) -> list[str]:
+    """Names of parameters used as matrices: two or more dimensions, and no embedding table or convolution."""
+    if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd) or hasattr(module, "base_layer"):
+        return []
+    return [name for name, p in module._parameters.items() if p is not None and p.dim() >= 2]
 
 
 def unmatched_patterns(model: nn.Module, config: PatchConfig) -> list[tuple[str, str]]:
