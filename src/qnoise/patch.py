@@ -205,7 +205,7 @@ def patch_config(model: nn.Module) -> PatchConfig | None:
 
 
 def _check(model: nn.Module, config: PatchConfig, decisions: list[Decision]) -> None:
-    wrong = unmatched_patterns(model, config)
+    wrong = unmatched_patterns(decisions, config)
     if wrong:
         argument, value = wrong[0]
         raise ValueError(

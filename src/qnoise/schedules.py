@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 def _check_progress(progress: float) -> float:
@@ -61,14 +62,20 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """S + (E - S) u."""
+class _Decay:
+    """What the decays share: the sigma they start from and the one they end at."""
 
     sigma_start: float
     sigma_end: float
+    geometric: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_sigma(self, positive=False, sigma_start=self.sigma_start, sigma_end=self.sigma_end)
+        _check_sigma(self, positive=self.geometric, sigma_start=self.sigma_start, sigma_end=self.sigma_end)
+
+
+@dataclass(frozen=True)
+class Linear(_Decay):
+    """S + (E - S) u."""
 
     def __call__(self, progress: float) -> float:
         u = _check_progress(progress)
@@ -76,14 +83,8 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Decay):
     """E + (S - E) (1 + cos(pi u)) / 2."""
-
-    sigma_start: float
-    sigma_end: float
-
-    def __post_init__(self) -> None:
-        _check_sigma(self, positive=False, sigma_start=self.sigma_start, sigma_end=self.sigma_end)
 
     def __call__(self, progress: float) -> float:
         w = (1.0 + math.cos(math.pi * _check_progress(progress))) / 2.0
@@ -91,17 +92,11 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class Logarithmic:
+class Logarithmic(_Decay):
     """S + (E - S) log(1 + (e - 1) u): fast at first, slow at the end.
 
     QeRL names a logarithmic decay without giving its formula; this one is ours.
     """
-
-    sigma_start: float
-    sigma_end: float
-
-    def __post_init__(self) -> None:
-        _check_sigma(self, positive=False, sigma_start=self.sigma_start, sigma_end=self.sigma_end)
 
     def __call__(self, progress: float) -> float:
         u = _check_progress(progress)
@@ -110,21 +105,17 @@ class Logarithmic:
 
 
 @dataclass(frozen=True)
-class Exponential:
+class Exponential(_Decay):
     """S (E / S)^u: a straight line in log sigma."""
 
-    sigma_start: float
-    sigma_end: float
-
-    def __post_init__(self) -> None:
-        _check_sigma(self, positive=True, sigma_start=self.sigma_start, sigma_end=self.sigma_end)
+    geometric: ClassVar[bool] = True
 
     def __call__(self, progress: float) -> float:
         return _geometric(self.sigma_start, self.sigma_end, _check_progress(progress))
 
 
 @dataclass(frozen=True)
-class StagedExponential:
+class StagedExponential(_Decay):
     """QeRL's staircase: `num_stages` equal intervals; the first is silent, the others fall from S to E.
 
     Stage i >= 1 has sigma S (E/S)^((i-1)/(num_stages-2)), so the last stage is exactly E. With the released settings
@@ -135,12 +126,11 @@ class StagedExponential:
     the boundaries are exact.
     """
 
-    sigma_start: float
-    sigma_end: float
     num_stages: int = 10
+    geometric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_sigma(self, positive=True, sigma_start=self.sigma_start, sigma_end=self.sigma_end)
+        super().__post_init__()
         _check_count(
             self,
             3,
@@ -156,20 +146,19 @@ class StagedExponential:
 
 
 @dataclass(frozen=True)
-class PerEpoch:
+class PerEpoch(_Decay):
     """A staged decay inside every epoch, under a geometric decay over the epochs.
 
     Epoch e of N runs from b_e to b_(e+1) with b_i = S (E/S)^(i/N). It has `stages_per_epoch` + 1 equal intervals: the
     first is silent, then sigma falls geometrically from b_e to b_(e+1). With one stage per epoch sigma is b_e.
     """
 
-    sigma_start: float
-    sigma_end: float
     num_epochs: int
     stages_per_epoch: int = 5
+    geometric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_sigma(self, positive=True, sigma_start=self.sigma_start, sigma_end=self.sigma_end)
+        super().__post_init__()
         _check_count(self, 1, num_epochs=self.num_epochs, stages_per_epoch=self.stages_per_epoch)
 
     def __call__(self, progress: float) -> float:

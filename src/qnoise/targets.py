@@ -80,9 +80,9 @@ def _own_matrices(module: nn.Module) -> list[str]:
     return [name for name, p in module._parameters.items() if p is not None and p.dim() >= 2]
 
 
-def unmatched_patterns(model: nn.Module, config: PatchConfig) -> list[tuple[str, str]]:
+def unmatched_patterns(decisions: list[Decision], config: PatchConfig) -> list[tuple[str, str]]:
     """(argument, pattern) pairs that no linear or norm of the model matches: misspelt, most likely."""
-    names = [d.name for d in decide(model, config) if d.reason != "adapter matrix"]
+    names = [d.name for d in decisions if d.reason != "adapter matrix"]
     layers = {layer_index(name) for name in names}
     filters: list[tuple[str, PatchConfig | NoiseConfig]] = [("", config)]
     if config.noise_config is not None:
