@@ -28,7 +28,11 @@ BAD = [
     ({"storage": "packt"}, ValueError, "'packt'"),
     ({"noise": "rms"}, ValueError, "'rms'.*'rmsnorm', 'linear'.*Did you mean 'rmsnorm'"),
     ({"noise": 0.1}, TypeError, "noise is 0.1"),
-    ({"include": "q_prj"}, ValueError, "include names 'q_prj', which matches no linear or norm.*model.layers.0"),
+    (
+        {"include": "q_prj"},
+        ValueError,
+        "include names 'q_prj', which matches no linear or norm.*Did you mean 'q_proj'.*model.layers.0",
+    ),
     ({"exclude": ["o_prj"]}, ValueError, "exclude names 'o_prj'"),
     ({"layers": [7]}, ValueError, "layers names '7'"),
     ({"layers": ["1"]}, ValueError, "layer indices"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -92,6 +92,21 @@ class PatchConfig:
     @property
     def act_spec(self) -> QuantSpec | None:
         return self.act_fmt  # type: ignore[return-value]
+
+
+def differences(present: PatchConfig, asked: PatchConfig) -> str:
+    """The fields in which two configs differ, for an error message."""
+
+    def shown(config: PatchConfig, name: str) -> str:
+        if name != "fmt":
+            return str(getattr(config, name))
+        return "{" + ", ".join(f"{glob}: {spec}" for glob, spec in config.plan) + "}"
+
+    return "; ".join(
+        f"{each.name} is {shown(present, each.name)}, asked for {shown(asked, each.name)}"
+        for each in fields(PatchConfig)
+        if each.compare and getattr(present, each.name) != getattr(asked, each.name)
+    )
 
 
 def _plan(fmt: Any) -> Plan:

@@ -26,7 +26,10 @@ NV_SCALE_MODES: tuple[str, ...] = ("two_level", "single_level", "four_over_six",
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> ValueError:
     """A ``ValueError`` that lists the names which exist and the nearest spelling of ``name``."""
     names = list(allowed)
-    near = difflib.get_close_matches(str(name).lower(), names, n=1)
+    given = str(name).lower()
+    near = [known for known in names if given and known.startswith(given)] or difflib.get_close_matches(
+        given, names, n=1
+    )
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"unknown {kind} {name!r}; choose one of: {', '.join(names)}.{hint}")
 

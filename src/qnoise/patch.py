@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qnoise.config import NoiseConfig, PatchConfig
+from qnoise.config import NoiseConfig, PatchConfig, differences
 from qnoise.formats import QuantSpec
 from qnoise.nn import weight_cache
 from qnoise.nn.linear import FakeQuantLinear, LinearRecord, weight_amax
@@ -79,7 +80,7 @@ def patch_model(
     present = patch_config(model)
     if present is not None and present != config:
         raise ValueError(
-            f"the model is patched already, with another config.\n  present: {present}\n  asked:   {config}\n"
+            f"the model is patched already, with another config ({differences(present, config)}). "
             "Call qnoise.unpatch_model(model) first."
         )
     decisions = decide(model, config)
@@ -209,7 +210,8 @@ def _check(model: nn.Module, config: PatchConfig, decisions: list[Decision]) -> 
     if wrong:
         argument, value = wrong[0]
         raise ValueError(
-            f"{argument} names {value!r}, which matches no linear or norm of the model. {_existing(decisions)}"
+            f"{argument} names {value!r}, which matches no linear or norm of the model.{_nearest(value, decisions)} "
+            f"{_existing(decisions)}"
         )
     converted = [d for d in decisions if not d.reason]
     if (config.plan or config.act_spec) and not any(d.weight_spec or d.act_spec for d in converted):
@@ -231,6 +233,12 @@ def _check(model: nn.Module, config: PatchConfig, decisions: list[Decision]) -> 
                     f"{d.name}.{key} is sharded already (DTensor). Patch first, then shard: patch_model -> PEFT -> "
                     "fully_shard. Tensor parallelism is not supported."
                 )
+
+
+def _nearest(value: str, decisions: list[Decision]) -> str:
+    leaves = sorted({d.name.rpartition(".")[2] for d in decisions})
+    near = get_close_matches(value.rpartition(".")[2], leaves, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _existing(decisions: list[Decision]) -> str:
