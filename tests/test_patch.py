@@ -294,3 +294,16 @@ def test_plain_torch_models_patch_too() -> None:
     qnoise.bake(expected)
     assert torch.equal(model(x), expected(x))
     assert list(qnoise.summary(model).patched) == ["0", "2", "3"]
+
+
+def test_static_activation_scale(ids) -> None:
+    """The magnitude given fixes the fp32 scale: by glob, the last match wins, per token where nothing matches."""
+    amax = {"down_proj": 4.0, "layers.1.mlp.down_proj": 3.0}
+    model = qnoise.patch_model(tiny_model(), config=qnoise.PatchConfig("nvfp4", "nvfp4", act_amax=amax))
+    x = torch.randn(2, 5, 96)
+    for layer, expected in ((0, 4.0), (1, 3.0)):
+        down = model.model.layers[layer].mlp.down_proj
+        xq = qnoise.fake_quantize(x, "nvfp4", amax=expected)
+        assert torch.equal(down(x), nn.functional.linear(xq, down.effective_weight()))
+    assert model.model.layers[0].mlp.up_proj._qnoise.act_amax is None
+    assert "static scale for 3" in qnoise.summary(model).patched["model.layers.1.mlp.down_proj"]

@@ -19,6 +19,19 @@ def _foreign_forward(model: nn.Module) -> None:
     up.forward = types.MethodType(lambda self, x: nn.functional.linear(x, self.weight), up)
 
 
+CONFIGS = {
+    "act_amax of a format without a per-tensor scale": {"act_fmt": "mxfp4", "act_amax": 3.0},
+    "negative act_amax": {"act_fmt": "nvfp4", "act_amax": {"q_proj": -1.0}},
+    "act_amax of nothing": {"act_fmt": "nvfp4", "act_amax": {"q_prj": 1.0}},
+}
+
+
+def patch(model: nn.Module, arguments: dict) -> None:
+    if arguments.get("config") in CONFIGS:
+        arguments = {"config": qnoise.PatchConfig(**CONFIGS[arguments["config"]])}
+    qnoise.patch_model(model, **arguments)
+
+
 BAD = [
     ({"fmt": "mxfp44"}, ValueError, r"'mxfp44'.*mxfp4, .*Did you mean 'mxfp4'"),
     ({"fmt": 4}, TypeError, "fmt is 4"),
@@ -38,6 +51,9 @@ BAD = [
     ({"layers": ["1"]}, ValueError, "layer indices"),
     ({"exclude": "*"}, ValueError, "no linear of Qwen2ForCausalLM would be quantized.*excluded"),
     ({"fmt": None}, ValueError, "nothing to patch"),
+    ({"config": "act_amax of a format without a per-tensor scale"}, ValueError, "no per-tensor scale to fix"),
+    ({"config": "negative act_amax"}, ValueError, "act_amax of 'q_proj' is -1.0; it must be a positive number"),
+    ({"config": "act_amax of nothing"}, ValueError, "act_amax names 'q_prj'.*Did you mean 'q_proj'"),
     ({"storage": "cached", "config": qnoise.PatchConfig()}, ValueError, "config= and other arguments"),
 ]
 
@@ -47,7 +63,7 @@ def test_bad_arguments(arguments, error, message) -> None:
     model = tiny_model()
     before = snapshot(model)
     with pytest.raises(error, match=message):
-        qnoise.patch_model(model, **arguments)
+        patch(model, arguments)
     assert_same(before, snapshot(model))
 
 

@@ -11,10 +11,10 @@ import qnoise
 from benchmarks.recovery.batch import Batch
 from benchmarks.recovery.data import word_examples
 from benchmarks.recovery.evaluate import evaluate
-from benchmarks.recovery.policy import load_policy
+from benchmarks.recovery.policy import build_model, load_policy
 from benchmarks.recovery.presets import TINY_WORDS, arm
 from benchmarks.recovery.runs import Run
-from benchmarks.recovery.train import build_model, train, update
+from benchmarks.recovery.train import train, update
 
 SHORT = TINY_WORDS.changed(
     split="dev", steps=4, prompts_per_step=8, num_generations=4, micro_batch=7, eval_problems=12, noise_stages=4

@@ -66,6 +66,14 @@ class Preset:
             if getattr(self, name) < 1:
                 raise ValueError(f"preset {self.name!r}: {name} is {getattr(self, name)!r}; it must be at least 1")
 
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up over `warmup` steps, then constant, or linear to zero at the end."""
+        if step < self.warmup:
+            return self.lr * ((step + 1) / self.warmup)
+        if self.lr_decay == "constant":
+            return self.lr
+        return self.lr * ((self.steps - step) / max(1, self.steps - self.warmup))
+
     def changed(self, **fields: Any) -> Preset:
         """A copy with other values; unknown names and values of the wrong type raise ValueError."""
         known = {field.name: type(getattr(self, field.name)) for field in dataclasses.fields(self)}

@@ -7,7 +7,6 @@ on a CPU core and the real one on a GPU.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,16 +17,16 @@ from torch import Tensor
 import qnoise
 from benchmarks.environment import peak_memory_mb
 from benchmarks.recovery.batch import Batch
-from benchmarks.recovery.data import Example, load_examples, prompt_ids
+from benchmarks.recovery.data import load_examples
 from benchmarks.recovery.evaluate import evaluate
-from benchmarks.recovery.policy import load_policy
-from benchmarks.recovery.presets import Arm, Preset
+from benchmarks.recovery.policy import build_model
+from benchmarks.recovery.presets import Preset
 from benchmarks.recovery.runs import Run
+from benchmarks.recovery.sample import sample
 from qnoise import rl
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 ADAM_BETAS = (0.9, 0.99)
 
@@ -84,95 +83,11 @@ def train(run: Run, *, resume: bool = False, on_step: Callable[[int], None] = la
     )
 
 
-def build_model(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The policy of the run: base, patched for the arm, with a fresh LoRA on every linear."""
-    from peft import LoraConfig, get_peft_model
-
-    preset, arm = run.preset, run.arm
-    base, tokenizer = load_policy(run.model_path, getattr(torch, preset.dtype))
-    base.to("cuda" if torch.cuda.is_available() else "cpu")
-    if arm.fmt is not None or arm.noise_during:
-        noise = qnoise.NoiseConfig(target="rmsnorm", during=arm.noise_during) if arm.noise_during else None
-        qnoise.patch_model(base, fmt=arm.fmt, noise=noise)
-    torch.manual_seed(run.seed)
-    lora = LoraConfig(r=preset.lora_rank, lora_alpha=preset.lora_alpha, target_modules="all-linear", bias="none")
-    model = get_peft_model(base, lora)
-    if preset.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()  # nothing is dropped out; transformers checkpoints gradients in this mode only
-    return model, tokenizer
-
-
-def sample(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    training: list[Example],
-    preset: Preset,
-    arm: Arm,
-    seed: int,
-    step: int,
-) -> tuple[Batch | None, dict[str, float]]:
-    """Generate groups until `prompts_per_step` of them are informative, or the rounds are used up.
-
-    Sampling depends on (seed, sampling stream, step, round) alone, prompts on (seed, step, round): two arms of a seed
-    see the same prompts, and a resumed run continues as if it had never stopped.
-    """
-    parts, seen = [], []
-    kept_groups = 0
-    for turn in range(preset.generation_rounds):
-        first = (step * preset.generation_rounds + turn) * preset.prompts_per_step
-        chosen = training[first : first + preset.prompts_per_step]
-        with qnoise.phase(model, "rollout"):
-            rollout = rl.generate_groups(
-                model,
-                tokenizer,
-                [prompt_ids(tokenizer, example, preset.instruction) for example in chosen],
-                preset.num_generations,
-                max_new_tokens=preset.max_new_tokens,
-                temperature=preset.temperature,
-                seed=random.Random(f"{seed} {arm.sampling_stream} {step} {turn}").getrandbits(48),
-                batch_size=preset.generation_batch,
-            )
-        answers = [example.answer for example in chosen for _ in range(preset.num_generations)]
-        right = {mode: rl.gsm8k_reward(rollout.texts, answers, mode=mode) for mode in ("strict", "flexible")}
-        lengths = rollout.lengths.cpu()
-        punishment = rl.soft_overlong_punishment(
-            lengths, preset.max_new_tokens, preset.overlong_buffer, preset.overlong_penalty
-        )
-        reward = right[preset.reward] + punishment
-        advantages = rl.group_advantages(reward, preset.num_generations)
-        keep = rl.informative_groups(right[preset.reward], preset.num_generations)
-        room = (preset.prompts_per_step - kept_groups) * preset.num_generations
-        index = keep.nonzero().flatten()[:room]
-        kept_groups += len(index) // preset.num_generations
-        parts.append(Batch.of(rollout, advantages).rows(index.to(rollout.response_ids.device)))
-        seen.append(
-            {
-                "strict": right["strict"],
-                "flexible": right["flexible"],
-                "reward": reward,
-                "response_length": lengths.float(),
-                "surprise": -rollout.rollout_log_probs.sum(1).cpu(),
-                "truncated": rollout.truncated.cpu().float(),
-                "informative": keep.float(),
-            }
-        )
-        if kept_groups == preset.prompts_per_step:
-            break
-    metrics = {name: torch.cat([turn[name] for turn in seen]).mean().item() for name in seen[0]}
-    # The mean of -log p over sampled tokens estimates the entropy of the policy that sampled them.
-    metrics["entropy"] = metrics.pop("surprise") / metrics["response_length"]
-    metrics["samples"] = float(sum(len(turn["reward"]) for turn in seen))
-    batch = Batch.join(parts, tokenizer.pad_token_id)
-    return (batch if len(batch) else None), metrics
-
-
 def update(
     model: PeftModel, optimizer: torch.optim.Optimizer, batch: Batch | None, preset: Preset, seed: int, step: int
 ) -> dict[str, float]:
     """`mini_batches` optimizer steps on one batch; the log-probabilities before them are the old ones."""
-    lr = preset.lr * _lr_factor(step, preset)
+    lr = preset.lr_at(step)
     for group in optimizer.param_groups:
         group["lr"] = lr
     if batch is None:  # every group was all right or all wrong: nothing to learn from
@@ -226,12 +141,3 @@ def _log_probs(model: PeftModel, batch: Batch, preset: Preset) -> Tensor:
         use_cache=False,
     ).logits[:, :-1]
     return rl.token_log_probs(logits, batch.ids[:, -width:], preset.temperature)[0]
-
-
-def _lr_factor(step: int, preset: Preset) -> float:
-    """Linear warm-up over `warmup` steps, then constant, or linear to zero at the end."""
-    if step < preset.warmup:
-        return (step + 1) / preset.warmup
-    if preset.lr_decay == "constant":
-        return 1.0
-    return (preset.steps - step) / max(1, preset.steps - preset.warmup)

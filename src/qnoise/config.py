@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 from qnoise.formats import QuantSpec, as_spec
+from qnoise.names import matches
 from qnoise.nn.linear import check_storage
 
 NOISE_TARGETS = ("rmsnorm", "linear")
@@ -59,6 +61,9 @@ class PatchConfig:
         storage: see `FakeQuantLinear`.
         share_scales: give the linears that serving engines fuse (q/k/v, gate/up) one per-tensor scale, from their joint
             amax. Concerns formats with a per-tensor scale only.
+        act_amax: for an `act_fmt` with a per-tensor scale: the magnitude that fixes it, a number or a mapping of globs
+            to numbers (the last match wins), such as the largest |input| of each linear on calibration data. Without
+            it, and where nothing matches, every token has the scale of its own amax.
     """
 
     fmt: str | QuantSpec | Mapping[str, str | QuantSpec | None] | Plan | None = "mxfp4"
@@ -69,6 +74,7 @@ class PatchConfig:
     layers: tuple[int, ...] | None = None
     storage: str = "auto"
     share_scales: bool = True
+    act_amax: float | Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
     plan: Plan = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
@@ -76,6 +82,7 @@ class PatchConfig:
         # Compared by what it does: a name, its spec and the plan {"*": spec} are the same request.
         object.__setattr__(self, "fmt", self.plan or None)
         object.__setattr__(self, "act_fmt", None if self.act_fmt is None else as_spec(self.act_fmt))
+        object.__setattr__(self, "act_amax", _static_amax(self.act_amax, self.act_spec))
         if isinstance(self.noise, str):
             object.__setattr__(self, "noise", NoiseConfig(target=self.noise))
         elif not isinstance(self.noise, NoiseConfig | None):
@@ -89,9 +96,34 @@ class PatchConfig:
     def noise_config(self) -> NoiseConfig | None:
         return self.noise  # type: ignore[return-value]
 
+    def static_amax(self, name: str) -> float | None:
+        """The `act_amax` of the linear of that canonical name, or None: per token."""
+        return next((amax for glob, amax in reversed(self.static_amaxes) if matches(name, glob)), None)
+
+    @property
+    def static_amaxes(self) -> tuple[tuple[str, float], ...]:
+        return cast(tuple[tuple[str, float], ...], self.act_amax)
+
     @property
     def act_spec(self) -> QuantSpec | None:
         return self.act_fmt  # type: ignore[return-value]
+
+
+def _static_amax(value: Any, spec: QuantSpec | None) -> tuple[tuple[str, float], ...]:
+    if value is None or value == ():
+        return ()
+    if spec is None or not spec.per_tensor_scale:
+        raise ValueError(
+            f"act_amax is {value!r}, but act_fmt={spec} has no per-tensor scale to fix; leave act_amax out, or use "
+            "act_fmt='nvfp4'"
+        )
+    pairs = (
+        value if isinstance(value, tuple) else tuple(value.items()) if isinstance(value, Mapping) else (("*", value),)
+    )
+    for glob, amax in pairs:
+        if not (isinstance(amax, int | float) and 0 < amax < math.inf):
+            raise ValueError(f"act_amax of {glob!r} is {amax!r}; it must be a positive number")
+    return tuple((str(glob), float(amax)) for glob, amax in pairs)
 
 
 def differences(present: PatchConfig, asked: PatchConfig) -> str:

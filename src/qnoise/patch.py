@@ -74,7 +74,9 @@ def patch_model(
         raise TypeError(f"model is a {type(model).__name__}; patch_model takes a torch.nn.Module")
     given = {"act_fmt": act_fmt, "noise": noise, "include": include, "exclude": exclude, "layers": layers}
     if config is None:
-        config = PatchConfig(fmt, act_fmt, noise, include, exclude or (), layers, storage)
+        config = PatchConfig(
+            fmt, act_fmt, noise=noise, include=include, exclude=exclude or (), layers=layers, storage=storage
+        )
     elif fmt != "mxfp4" or storage != "auto" or any(value is not None for value in given.values()):
         raise ValueError("patch_model was given config= and other arguments beside it; put them into the PatchConfig")
     present = patch_config(model)
@@ -265,7 +267,13 @@ def _conversion(d: Decision, config: PatchConfig) -> tuple[type[nn.Module], Patc
     if d.kind == "norm":
         return noisy_class(stock), PatchRecord(d.name, stock, d.noise_during)
     record = LinearRecord(
-        d.name, stock, d.noise_during, weight_spec=d.weight_spec, act_spec=d.act_spec, storage=config.storage
+        d.name,
+        stock,
+        d.noise_during,
+        weight_spec=d.weight_spec,
+        act_spec=d.act_spec,
+        act_amax=config.static_amax(d.name) if d.act_spec is not None else None,
+        storage=config.storage,
     )
     return CONVERTIBLE_LINEARS[stock], record
 

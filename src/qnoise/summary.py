@@ -116,7 +116,8 @@ def _describe(module: Patched) -> str:
         linear = module._qnoise
         parts.append(str(linear.weight_spec) if linear.weight_spec else "full-precision weight")
         if linear.act_spec is not None:
-            parts.append(f"input {linear.act_spec}")
+            static = "" if linear.act_amax is None else f", static scale for {linear.act_amax:g}"
+            parts.append(f"input {linear.act_spec}{static}")
         if len(linear.scale_group) > 1:
             parts.append(f"per-tensor scale shared by {len(linear.scale_group)}")
     if record.noise_during:

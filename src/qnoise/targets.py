@@ -87,7 +87,8 @@ def unmatched_patterns(decisions: list[Decision], config: PatchConfig) -> list[t
     filters: list[tuple[str, PatchConfig | NoiseConfig]] = [("", config)]
     if config.noise_config is not None:
         filters.append(("noise ", config.noise_config))
-    wrong = [("fmt", glob) for glob, _ in config.plan if not any(matches(n, glob) for n in names)]
+    mappings = [("fmt", glob) for glob, _ in config.plan] + [("act_amax", glob) for glob, _ in config.static_amaxes]
+    wrong = [(argument, glob) for argument, glob in mappings if not any(matches(n, glob) for n in names)]
     for prefix, each in filters:
         for argument, globs in (("include", each.include or ()), ("exclude", each.exclude)):
             wrong += [(prefix + argument, glob) for glob in globs if not any(matches(n, glob) for n in names)]

@@ -30,6 +30,8 @@ class LinearRecord(PatchRecord):
 
     weight_spec: QuantSpec | None = None
     act_spec: QuantSpec | None = None
+    # What fixes the per-tensor scale of the input; None: each token's own amax
+    act_amax: float | None = None
     storage: str = "auto"
     scale_group: tuple[FakeQuantLinear, ...] = ()
     # amax of the weight when it was patched, for a time when the weight itself is out of reach (offloaded, sharded)
@@ -111,7 +113,7 @@ class FakeQuantLinear(Patched, nn.Linear):
         if record.full_precision:
             return F.linear(input, self._raw_weight(), self.bias)
         if record.act_spec is not None:
-            input = _quantize_tokens(input, record.act_spec)
+            input = _quantize_tokens(input, record.act_spec, record.act_amax)
         return F.linear(input, self.effective_weight(), self.bias)
 
     def effective_weight(self) -> Tensor:
@@ -225,9 +227,9 @@ def _serial(peer: FakeQuantLinear) -> int | None:
     return weight_cache.serial(weight) if weight is not None and weight_cache.cacheable(weight) else None
 
 
-def _quantize_tokens(x: Tensor, spec: QuantSpec) -> Tensor:
-    amax = None
-    if spec.per_tensor_scale:
+def _quantize_tokens(x: Tensor, spec: QuantSpec, static_amax: float | None) -> Tensor:
+    amax: Tensor | float | None = static_amax
+    if spec.per_tensor_scale and amax is None:
         magnitude = x.detach().abs().float().nan_to_num_(nan=0.0, posinf=0.0)
         amax = magnitude.amax(dim=-1, keepdim=True)
     return fake_quantize(x, spec, amax=amax)
