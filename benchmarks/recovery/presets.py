@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from qnoise.spelling import nearest
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ def _find(what: str, name: str, table: dict[str, Any]) -> Any:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, known)
+    return f", did you mean {near!r}?" if near else ""
 
 
 def _convert(name: str, value: Any, kind: type) -> Any:

@@ -11,11 +11,12 @@ the stories use, and however many problems are drawn.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from qnoise.spelling import nearest
 
 STREAMS = {"pretrain": range(0, 5), "rl": range(5, 7), "dev": range(7, 8), "test": range(8, 10)}
 """Stream name -> the tenths of the hash space that belong to it."""
@@ -123,8 +124,8 @@ def problems(stream: str, seed: int) -> Iterator[Problem]:
         ValueError: the stream does not exist.
     """
     if stream not in STREAMS:
-        near = difflib.get_close_matches(stream, STREAMS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(stream, STREAMS)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"no stream {stream!r}: there are {', '.join(STREAMS)}{hint}")
     return _problems(stream, random.Random(f"{stream} {seed}"))
 

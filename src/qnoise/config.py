@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any, cast
 
 from qnoise.formats import QuantSpec, as_spec
 from qnoise.names import matches
-from qnoise.nn.linear import check_storage
+from qnoise.nn.linear import STORAGES
+from qnoise.spelling import check_choice
 
 NOISE_TARGETS = ("rmsnorm", "linear")
 NOISY_PHASES = ("rollout", "training")
@@ -38,12 +38,12 @@ class NoiseConfig:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("noise target", self.target, NOISE_TARGETS)
+        check_choice("noise target", self.target, NOISE_TARGETS)
         object.__setattr__(self, "during", _strings("during", self.during))
         if not self.during:
             raise ValueError(f"during is empty; name at least one of {', '.join(NOISY_PHASES)}, or use noise=None")
         for phase in self.during:
-            _check_choice("phase in during", phase, NOISY_PHASES)
+            check_choice("phase in during", phase, NOISY_PHASES)
         _normalise_filters(self)
 
 
@@ -87,7 +87,7 @@ class PatchConfig:
             object.__setattr__(self, "noise", NoiseConfig(target=self.noise))
         elif not isinstance(self.noise, NoiseConfig | None):
             raise TypeError(f"noise is {self.noise!r}; it must be None, 'rmsnorm', 'linear' or a NoiseConfig")
-        check_storage(self.storage)
+        check_choice("storage", self.storage, STORAGES)
         _normalise_filters(self)
         if not self.plan and self.act_fmt is None and self.noise is None:
             raise ValueError("fmt, act_fmt and noise are all None: there is nothing to patch")
@@ -173,10 +173,3 @@ def _strings(name: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
     if not all(isinstance(item, str) for item in values):
         raise TypeError(f"{name} is {value!r}; it must be a string or a sequence of strings")
     return values
-
-
-def _check_choice(what: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        near = get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.{hint}")

@@ -5,13 +5,14 @@ A format is one row of the table at the end of this file. Nothing here computes 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any
+
+from .spelling import nearest
 
 ROUNDINGS: tuple[str, ...] = ("nearest", "half_away", "stochastic")
 """Roundings of an element: ties to even, ties away from zero, and an unbiased draw."""
@@ -26,11 +27,8 @@ NV_SCALE_MODES: tuple[str, ...] = ("two_level", "single_level", "four_over_six",
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> ValueError:
     """A ``ValueError`` that lists the names which exist and the nearest spelling of ``name``."""
     names = list(allowed)
-    given = str(name).lower()
-    near = [known for known in names if given and known.startswith(given)] or difflib.get_close_matches(
-        given, names, n=1
-    )
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, names)
+    hint = f" Did you mean {near!r}?" if near else ""
     return ValueError(f"unknown {kind} {name!r}; choose one of: {', '.join(names)}.{hint}")
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +24,7 @@ from qnoise.nn import weight_cache
 from qnoise.nn.linear import FakeQuantLinear, LinearRecord, weight_amax
 from qnoise.nn.norm import noisy_class
 from qnoise.nn.patched import PHASES, Patched, PatchRecord, check_forward, convert, restore
+from qnoise.spelling import check_choice, nearest
 from qnoise.targets import CONVERTIBLE_LINEARS, Decision, decide, unmatched_patterns
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -191,8 +191,7 @@ def phase(model: nn.Module, name: str) -> Iterator[None]:
     Noise acts in the phases its `NoiseConfig` names, never in evaluation; quantization acts in all of them.
     `module.training` plays no part.
     """
-    if name not in PHASES:
-        raise ValueError(f"phase is {name!r}; it must be one of {', '.join(map(repr, PHASES))}")
+    check_choice("phase", name, PHASES)
     with _switched(model, "phase", name):
         yield
 
@@ -239,8 +238,8 @@ def _check(model: nn.Module, config: PatchConfig, decisions: list[Decision]) -> 
 
 def _nearest(value: str, decisions: list[Decision]) -> str:
     leaves = sorted({d.name.rpartition(".")[2] for d in decisions})
-    near = get_close_matches(value.rpartition(".")[2], leaves, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(value.rpartition(".")[2], leaves, cutoff=0.5)
+    return f" Did you mean {near!r}?" if near else ""
 
 
 def _existing(decisions: list[Decision]) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from qnoise.formats import QuantSpec
 from qnoise.nn import weight_cache
 from qnoise.nn.linear import FakeQuantLinear
 from qnoise.nn.patched import Patched
@@ -94,7 +93,7 @@ def summary(model: nn.Module) -> PatchSummary:
                 quantized[id(weight)] = (weight, module._qnoise.weight_spec)
     parameters = {id(p): p for p in model.parameters()}
     before = sum(p.nbytes for p in parameters.values())
-    bits = sum(w.numel() * _bits(spec) for w, spec in quantized.values())
+    bits = sum(w.numel() * spec.block_format.bits_per_element for w, spec in quantized.values())
     weights = sum(w.numel() for w, _ in quantized.values())
     return PatchSummary(
         patched=patched,
@@ -123,10 +122,6 @@ def _describe(module: Patched) -> str:
     if record.noise_during:
         parts.append("noise in " + ", ".join(record.noise_during))
     return "; ".join(parts)
-
-
-def _bits(spec: QuantSpec) -> float:
-    return spec.block_format.bits_per_element
 
 
 def _preset(model: nn.Module) -> str | None:

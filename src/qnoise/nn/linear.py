@@ -19,6 +19,7 @@ from qnoise.functional import fake_quantize
 from qnoise.nn import weight_cache
 from qnoise.nn.patched import Patched, PatchRecord, convert, restore
 from qnoise.noise import Noise, unit_normal
+from qnoise.spelling import check_choice
 
 Storage = Literal["auto", "dynamic", "cached"]
 STORAGES = ("auto", "dynamic", "cached")
@@ -131,7 +132,7 @@ class FakeQuantLinear(Patched, nn.Linear):
         keep = record.storage == "cached" or (record.storage == "auto" and not trained)
         if not keep or not weight_cache.cacheable(weight):
             return self._effective(weight, noise)
-        peers = tuple(_serial(peer) for peer in record.scale_group)
+        peers = tuple(_serial(peer) for peer in record.scale_group if peer is not self)
         kept = weight_cache.derived(
             weight,
             slot=record.weight_spec,
@@ -187,7 +188,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _record(name: str, fmt: str | QuantSpec | None, act_fmt: str | QuantSpec | None, storage: str) -> LinearRecord:
-    check_storage(storage)
+    check_choice("storage", storage, STORAGES)
     return LinearRecord(
         name=name,
         stock_class=nn.Linear,
@@ -195,12 +196,6 @@ def _record(name: str, fmt: str | QuantSpec | None, act_fmt: str | QuantSpec | N
         act_spec=None if act_fmt is None else as_spec(act_fmt),
         storage=storage,
     )
-
-
-def check_storage(storage: str) -> None:
-    """Raise ValueError for a storage that does not exist."""
-    if storage not in STORAGES:
-        raise ValueError(f"storage is {storage!r}; it must be one of {', '.join(map(repr, STORAGES))}")
 
 
 def weight_amax(weight: Tensor) -> Tensor:

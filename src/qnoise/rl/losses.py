@@ -7,12 +7,12 @@ denominator is at least 1, and metrics are detached 0-d tensors: nothing here wa
 
 from __future__ import annotations
 
-import difflib
 import math
 
 import torch
 from torch import Tensor
 
+from ..spelling import nearest
 from .padding import (
     as_mask,
     check_float_matrix,
@@ -264,6 +264,6 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ``ValueError`` listing what is allowed, and the nearest of it, unless ``value`` is in it."""
     if value in allowed:
         return
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(value, allowed)
+    hint = f"; did you mean {near!r}?" if near else ""
     raise ValueError(f"{name}={value!r} does not exist; allowed: {', '.join(map(repr, allowed))}{hint}")
