@@ -285,6 +285,23 @@ def test_gradient_checkpointing_in_training_mode(model, tokenizer):
     assert same_samples(generate_groups(model, tokenizer, PROMPTS, 2, max_new_tokens=6), want)
 
 
+@pytest.mark.parametrize("tuning", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_learned_prompt(tuning, tokenizer):
+    """Its virtual tokens stand before every prompt: no cache is shared that lacks them."""
+    import peft
+
+    config = getattr(peft, tuning)(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(lively(tiny_model()), config)
+    rollout = generate_groups(model.eval(), tokenizer, PROMPTS, 2, max_new_tokens=6, temperature=0.0)
+    for i, prompt in enumerate(PROMPTS):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        alone = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
+        )[0, ids.shape[1] :]
+        mask = rollout.response_mask[2 * i]
+        assert rollout.response_ids[2 * i][mask].tolist() == alone.tolist()
+
+
 def test_peft_model(tokenizer):
     model = with_lora(lively(tiny_model()))
     rollout = generate_groups(model, tokenizer, PROMPTS, 4, max_new_tokens=8)
@@ -344,6 +361,8 @@ def test_logits_that_are_not_finite(model, tokenizer):
             ValueError,
             r"prompts\[1\] has 250 tokens; with max_new_tokens=8 that exceeds the model's context of 256 tokens",
         ),
+        ({"prompts": [[5], [6, 99]]}, ValueError, r"prompts\[1\] holds token 99, but the model knows 0 … 98 only"),
+        ({"prompts": [[-1]]}, ValueError, r"prompts\[0\] holds token -1"),
         ({"num_generations": 0}, ValueError, "num_generations must be at least 1, got 0"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, ValueError, r"temperature must be 0 \(greedy\) or positive, got -1.0"),

@@ -43,6 +43,10 @@ STRICT = [
     ("#### 0", "0"),
     ("#### 7\n\nQ: again\n#### 42", "42"),  # the last one counts
     ("#### 42 #### none", "42"),
+    ("#### €42", "42"),
+    ("#### £1,234.00", "1234"),
+    ("#### 42% of 84", "42"),
+    ("16 eggs, 3 eaten, 4 baked.\n#### 42\n16 eggs, 3 eaten, 4 baked.", "42"),  # the question again
     ("the answer is 42", None),
     ("### 42", None),
     ("#### forty-two", None),
@@ -58,6 +62,12 @@ FLEXIBLE = [
     ("the total is $1,234", "1234"),
     ("the total is $1,234.00!", "1234"),
     ("it is 42%", "42"),
+    ("42 €", "42"),
+    ("€1,234.00", "1234"),
+    ("a loss of -42%", "-42"),
+    ("**42**", "42"),
+    ("\\boxed{42}", "42"),
+    ("Q: 16 eggs, 3 eaten, 4 baked? 16 - 3 - 4 = 9. A: 42", "42"),  # the question again
     ("that is 42kg", "42"),
     ("that is 42 km/h", "42"),
     ("it fell to -3", "-3"),
@@ -176,7 +186,7 @@ def test_result_and_bad_input():
     assert gsm8k_reward([], []).shape == (0,)
     with pytest.raises(ValueError, match="2 completions but 1 answers"):
         gsm8k_reward(["a", "b"], ["1"])
-    with pytest.raises(ValueError, match="mode='stric' does not exist.*did you mean 'strict'"):
+    with pytest.raises(ValueError, match="mode is 'stric'; it must be one of .* Did you mean 'strict'"):
         gsm8k_reward(["a"], ["1"], "stric")
     with pytest.raises(TypeError, match="completions must be a list of strings, got one string"):
         gsm8k_reward("a", ["1"])

@@ -9,6 +9,7 @@ bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qnoise.spelling import check_choice
+
+from .continuous import generate_continuously
 from .rollouts import Rollout, collect_noise_state
-from .sampling import RecordingSampler, uniforms
+from .sampling import RecordingSampler, Sampling
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ENGINES = ("generate", "continuous")
 
 # What model.generation_config may still decide: how generate() computes, not what it draws.
 _KEPT = (
@@ -48,16 +54,16 @@ def generate_groups(
     batch_size: int | None = None,
     progress: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
+    engine: str = "generate",
 ) -> Rollout:
-    """Sample ``num_generations`` responses to each prompt with ``model.generate``, batched, without gradient.
+    """Sample ``num_generations`` responses to each prompt, batched, without gradient.
 
     Sample i answers prompt ``i // num_generations``, which is its group id. What it draws depends on
     ``seed``, i and the logits only: neither on ``batch_size`` nor on the global random state, which is left
-    as it was. Give every rollout of a run its own ``seed``. The samples of a group share one forward over
-    their prompt. The model runs in evaluation mode (no dropout) and every module gets its own mode back;
-    sampling settings stored in ``model.generation_config`` (repetition penalty, top-k, …) are not applied.
-    For noise in the rollout call this inside ``qnoise.phase(model, "rollout")``; the noise that is on is
-    recorded in ``Rollout.noise``.
+    as it was. Give every rollout of a run its own ``seed``. The model runs in evaluation mode (no dropout) and
+    every module gets its own mode back; sampling settings stored in ``model.generation_config``
+    (repetition penalty, top-k, …) are not applied. For noise in the rollout call this inside
+    ``qnoise.phase(model, "rollout")``; the noise that is on is recorded in ``Rollout.noise``.
 
     Args:
         model: a causal language model of transformers, patched or not, wrapped by PEFT or not.
@@ -72,24 +78,34 @@ def generate_groups(
         top_k: keep the k most likely tokens; 0 keeps all.
         seed: 0 … 2⁶⁴−1.
         batch_size: responses generated at a time; None = all.
-        progress: show a progress bar of decoding steps.
+        progress: show a progress bar, of decoding steps or (continuous) of responses.
         eos_token_id: what ends a response; None = those of ``model.generation_config`` and of ``tokenizer``.
+        engine: "generate" runs ``model.generate`` on batches of ``batch_size``, each until its last response ends;
+            the samples of a group share one forward over their prompt. The cache grows with the responses;
+            a full one from the start (``model.generation_config.cache_implementation = "static"``) is for
+            compiled decoding on a GPU and gains nothing on a CPU. "continuous" runs the continuous
+            batching of transformers: whenever one of the ``batch_size`` responses in flight ends, the next begins. It
+            pays where many responses of different lengths wait for few places; with sdpa or eager
+            attention every token attends through a mask over the caches of all responses in flight, so keep
+            ``batch_size`` small there. Both engines draw the same tokens, up to the rounding of the logits.
 
     Returns:
         :class:`Rollout` on the model's device with ``rollout_log_probs`` of the distribution that was sampled
         (temperature, top-k and top-p included).
 
     Raises:
-        ValueError: no prompts, an empty prompt, no end-of-sequence token anywhere, prompt +
-            ``max_new_tokens`` beyond the model's context, an option out of range, logits that
-            are not finite.
+        ValueError: no prompts, an empty prompt, a token the model does not know, no end-of-sequence token
+            anywhere, prompt + ``max_new_tokens`` beyond the model's context, an option out of range, logits that
+            are not finite; ``engine="continuous"`` with a model or an attention it cannot run, or
+            under autocast.
+        RuntimeError: continuous batching failed.
         TypeError: prompts that are neither all strings nor all lists of ids; a model without ``generate``.
     """
-    from transformers.generation.logits_process import LogitsProcessorList
-
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"{type(model).__name__} has no generate(); generate_groups needs a model of transformers")
-    _check_options(num_generations, max_new_tokens, temperature, top_p, top_k, seed, batch_size)
+    check_choice("engine", engine, ENGINES)
+    sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
+    _check_counts(num_generations, batch_size)
     encoded = _encode(tokenizer, prompts)
     _check_context(model, encoded, max_new_tokens)
     eos = _eos_ids(model, tokenizer, eos_token_id)
@@ -97,32 +113,45 @@ def generate_groups(
     config = _generation_config(model, max_new_tokens, eos, pad)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device: torch.device = embeddings.weight.device
+    _check_vocabulary(encoded, embeddings.weight.shape[0])
     prompt_ids, prompt_mask = _pad_left(encoded, pad, device)
 
     count = len(encoded) * num_generations
     batch_size = min(batch_size or count, count)
-    starts = range(0, count, batch_size)
     noise = collect_noise_state(model)
-    ids: list[Tensor] = []
-    log_probs: list[Tensor] = []
-    with _set_up(model), torch.no_grad(), _bar(progress, len(starts) * max_new_tokens) as bar:
-        for batch, start in enumerate(starts):
-            samples = range(start, min(start + batch_size, count))
-            uniform = uniforms(seed, samples, max_new_tokens).to(device) if temperature > 0 else None
-            sampler = RecordingSampler(uniform, temperature, top_p, top_k, bar and bar.update)
-            rows = torch.arange(samples.start, samples.stop, device=device) // num_generations
-            new = _generate(model, config, LogitsProcessorList([sampler]), prompt_ids, prompt_mask, rows)
-            ids.append(new)
-            log_probs.append(torch.stack(sampler.recorded[: new.shape[1]], -1))
-            if bar:
-                bar.update((batch + 1) * max_new_tokens - bar.n)
+    with _set_up(model), torch.no_grad():
+        if engine == "continuous":
+            if _has_learned_prompt(model):
+                raise ValueError(
+                    f"{type(model).__name__} puts a learned prompt before its input, which engine='continuous' does "
+                    "not; use engine='generate'"
+                )
+            with _bar(progress, count, "response") as bar:
+                response_ids, log_probs = generate_continuously(
+                    _unwrapped(model),
+                    config,
+                    encoded,
+                    num_generations,
+                    sampling=sampling,
+                    in_flight=batch_size,
+                    pad=pad,
+                    on_response=bar and bar.update,
+                )
+        else:
+            batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+            with _bar(progress, len(batches) * max_new_tokens, "step") as bar:
+                parts = [
+                    _generate_batch(model, config, sampling, prompt_ids, prompt_mask, num_generations, batch, bar)
+                    for batch in batches
+                ]
+            ids, recorded = zip(*parts, strict=True)
+            response_ids, log_probs = _join_right(ids, pad), _join_right(recorded, 0.0)
 
-    response_ids = _join_right(ids, pad)
     is_eos = torch.isin(response_ids, torch.tensor(eos, device=device))
     # A position counts up to and including the first end token. (A batch that is narrower than another one has an end
     # in each of its rows, so what fills it up on the right never counts.)
     response_mask = (is_eos.cumsum(-1) - is_eos.long()) == 0
-    rollout_log_probs = torch.where(response_mask, _join_right(log_probs, 0.0), 0.0)
+    rollout_log_probs = torch.where(response_mask, log_probs, 0.0)
     _check_finite(rollout_log_probs)
     lengths = response_mask.sum(-1)
     groups = torch.arange(count, device=device) // num_generations
@@ -142,25 +171,27 @@ def generate_groups(
             )
         ),
         noise=noise,
-        sampling={
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "seed": seed,
-            "max_new_tokens": max_new_tokens,
-        },
+        sampling=dataclasses.asdict(sampling),
     )
 
 
-def _generate(
+def _generate_batch(
     model: Any,
     config: GenerationConfig,
-    processors: Any,
+    sampling: Sampling,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
-    rows: Tensor,
-) -> Tensor:
-    """(len(rows), T) response ids to the prompts named by ``rows``."""
+    num_generations: int,
+    samples: range,
+    bar: Any,
+) -> tuple[Tensor, Tensor]:
+    """Token ids and log-probabilities, (len(samples), T) each, of the responses of some samples."""
+    from transformers.generation.logits_process import LogitsProcessorList
+
+    device = prompt_ids.device
+    start = bar.n if bar else 0
+    sampler = RecordingSampler(sampling.uniforms(samples, device), sampling, bar and bar.update)
+    rows = torch.arange(samples.start, samples.stop, device=device) // num_generations
     used, index = torch.unique(rows, return_inverse=True)
     ids, mask = prompt_ids[used], prompt_mask[used].long()
     first = int(mask.argmax(-1).min())  # the columns before it are padding in every row of this batch
@@ -176,9 +207,12 @@ def _generate(
         attention_mask=mask,
         past_key_values=cache,
         generation_config=config,
-        logits_processor=processors,
+        logits_processor=LogitsProcessorList([sampler]),
     )
-    return out[:, ids.shape[1] :]
+    new = out[:, ids.shape[1] :]
+    if bar:  # steps that early ends have saved
+        bar.update(start + sampling.max_new_tokens - bar.n)
+    return new, torch.stack(sampler.recorded[: new.shape[1]], -1)
 
 
 def _shared_prefix(model: Any, ids: Tensor, mask: Tensor) -> Any:
@@ -190,45 +224,28 @@ def _shared_prefix(model: Any, ids: Tensor, mask: Tensor) -> Any:
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     accepted = inspect.signature(_unwrapped(model).forward).parameters
-    if not {"position_ids", "past_key_values", "logits_to_keep"} <= set(accepted):
+    if not {"position_ids", "past_key_values", "logits_to_keep"} <= set(accepted) or _has_learned_prompt(model):
         return None
     ids, mask = ids[:, :-1], mask[:, :-1]
     if ids.shape[1] == 0:
         return None
-    cache = model(
+    output = model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
         use_cache=True,
         logits_to_keep=1,
-    ).past_key_values
+    )
+    cache = getattr(output, "past_key_values", None)
     growing = (DynamicLayer, DynamicSlidingWindowLayer)
     if type(cache) is not DynamicCache or not all(type(layer) in growing for layer in cache.layers):
         return None
     return cache
 
 
-def _check_options(
-    num_generations: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int,
-    batch_size: int | None,
-) -> None:
+def _check_counts(num_generations: int, batch_size: int | None) -> None:
     if num_generations < 1:
         raise ValueError(f"num_generations must be at least 1, got {num_generations}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (all tokens) or positive, got {top_k}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, or None for all at once, got {batch_size}")
 
@@ -259,6 +276,16 @@ def _check_context(model: Any, encoded: list[list[int]], max_new_tokens: int) ->
             f"prompts[{longest}] has {length} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
             f"model's context of {limit} tokens (max_position_embeddings)"
         )
+
+
+def _check_vocabulary(encoded: list[list[int]], size: int) -> None:
+    for index, ids in enumerate(encoded):
+        strange = [token for token in ids if not 0 <= token < size]
+        if strange:
+            raise ValueError(
+                f"prompts[{index}] holds token {strange[0]}, but the model knows 0 … {size - 1} only; is this "
+                "the model's own tokenizer?"
+            )
 
 
 def _eos_ids(model: Any, tokenizer: Any, given: int | Sequence[int] | None) -> list[int]:
@@ -297,7 +324,7 @@ def _pad_left(encoded: list[list[int]], pad: int, device: torch.device) -> tuple
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
-def _join_right(parts: list[Tensor], fill: float) -> Tensor:
+def _join_right(parts: Sequence[Tensor], fill: float) -> Tensor:
     """Matrices of different widths under one another, filled up on the right."""
     width = max(part.shape[1] for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
@@ -341,12 +368,17 @@ def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _has_learned_prompt(model: Any) -> bool:
+    """A PEFT model with prompt or prefix tuning."""
+    return bool(getattr(model, "prompt_encoder", None))
+
+
 @contextmanager
-def _bar(show: bool, total: int) -> Iterator[Any]:
+def _bar(show: bool, total: int, unit: str) -> Iterator[Any]:
     if not show:
         yield None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc="rollout", unit="step") as bar:
+    with tqdm(total=total, desc="rollout", unit=unit) as bar:
         yield bar

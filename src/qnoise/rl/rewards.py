@@ -10,7 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .losses import check_choice
+from ..spelling import check_choice
 
 REWARD_MODES = ("strict", "flexible")
 

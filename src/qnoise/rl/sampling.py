@@ -9,10 +9,38 @@ global random state, which stays untouched.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; ValueError for what is out of range."""
+
+    temperature: float  #: 0 decodes greedily
+    top_p: float  #: 1.0 keeps everything
+    top_k: int  #: 0 keeps everything
+    seed: int  #: 0 … 2⁶⁴−1
+    max_new_tokens: int  #: of a response, its end included
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all tokens) or positive, got {self.top_k}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be between 0 and 2**64 - 1, got {self.seed}")
+
+    def uniforms(self, samples: range, device: torch.device) -> Tensor | None:
+        """(len(samples), max_new_tokens) what the samples draw at; None for greedy decoding."""
+        return uniforms(self.seed, samples, self.max_new_tokens).to(device) if self.temperature > 0 else None
 
 
 def behaviour_log_probs(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
@@ -51,6 +79,26 @@ def draw(log_p: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
+def force_draw(scores: Tensor, uniform: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw a token a row, and leave only it possible.
+
+    Args:
+        scores: (B, V) fp32 logits.
+        uniform: (B,) what to draw at; None decodes greedily.
+        sampling: the distribution.
+
+    Returns:
+        (B, V) scores whose argmax is the token drawn, and its (B,) log-probability.
+    """
+    if uniform is None:
+        # A deterministic policy gives its token probability 1; NaN logits must still be noticed.
+        return scores, scores.amax(-1) * 0.0
+    log_p = behaviour_log_probs(scores, sampling.temperature, sampling.top_p, sampling.top_k)
+    # NaN logits find no token; the clamp lets them reach the record, where they are reported.
+    token = draw(log_p, uniform).clamp_max(log_p.shape[-1] - 1)[:, None]
+    return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0), log_p.gather(-1, token)[:, 0]
+
+
 class RecordingSampler:
     """A logits processor that samples: it leaves only the drawn token possible and keeps its log-probability.
 
@@ -61,27 +109,21 @@ class RecordingSampler:
     def __init__(
         self,
         uniform: Tensor | None,
-        temperature: float,
-        top_p: float,
-        top_k: int,
+        sampling: Sampling,
         on_step: Callable[[], object] | None = None,
     ) -> None:
         self.uniform = uniform  # (B, max_new_tokens), or None for greedy decoding
-        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.sampling = sampling
         self.on_step = on_step
         self.recorded: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.on_step:
             self.on_step()
-        if self.uniform is None:
-            # A deterministic policy gives its token probability 1; NaN logits must still be noticed.
-            self.recorded.append(scores.amax(-1) * 0.0)
-            return scores
-        log_p = behaviour_log_probs(scores, self.temperature, self.top_p, self.top_k)
-        # On a GPU generate may run a few steps past the last one before it notices that it is done.
-        step = min(len(self.recorded), self.uniform.shape[1] - 1)
-        # NaN logits find no token; the clamp lets them reach the record, where they are reported.
-        token = draw(log_p, self.uniform[:, step]).clamp_max(log_p.shape[-1] - 1)[:, None]
-        self.recorded.append(log_p.gather(-1, token)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+        uniform = None
+        if self.uniform is not None:
+            # On a GPU generate may run a few steps past the last one before it notices that it is done.
+            uniform = self.uniform[:, min(len(self.recorded), self.uniform.shape[1] - 1)]
+        scores, log_prob = force_draw(scores, uniform, self.sampling)
+        self.recorded.append(log_prob)
+        return scores
