@@ -16,10 +16,28 @@ def _sequences(mask):
     return mask.bool().any(-1).sum()
 
 
-def _seq_mean_over_all_rows(metric, mask, empty):
-    """verl's means over sequences count fully masked rows, with the value ``empty``."""
-    full = _sequences(mask)
-    return (metric * full + empty * (mask.shape[0] - full)) / mask.shape[0]
+class _AllRows:
+    """verl's statistics of sequences count fully masked rows as well, each with the value ``empty``."""
+
+    def __init__(self, mask):
+        self.rows, self.full = mask.shape[0], _sequences(mask)
+
+    def mean(self, metric, empty):
+        return (metric * self.full + empty * (self.rows - self.full)) / self.rows
+
+    def std(self, mean, std, empty):
+        mean, std, masked = mean.double(), std.double(), self.rows - self.full
+        total = self.mean(mean, empty)
+        squares = (
+            (self.full - 1).clamp_min(0) * std**2 + self.full * (mean - total) ** 2 + masked * (empty - total) ** 2
+        )
+        return (squares / max(self.rows - 1, 1)).sqrt()
+
+    def max(self, metric, empty):
+        return metric if self.full == self.rows else metric.clamp_min(empty)
+
+    def min(self, metric, empty):
+        return metric if self.full == self.rows else metric.clamp_max(empty)
 
 
 # ---- verl ----
@@ -81,7 +99,9 @@ def verl_agg_loss(loss_mat, loss_mask, *, loss_agg_mode, loss_scale_factor=None,
 
 def verl_grpo_advantage(token_level_rewards, response_mask, index, *, norm_adv_by_std_in_grpo=True):
     rewards = token_level_rewards.sum(-1)
-    advantages = rl.group_advantages(rewards, index, norm_by_std=norm_adv_by_std_in_grpo, singleton="reward")
+    advantages = rl.group_advantages(
+        rewards, index, norm_by_std=norm_adv_by_std_in_grpo, singleton="reward", constant="rounding"
+    )
     return {"advantages": advantages[:, None] * response_mask}
 
 
@@ -91,17 +111,22 @@ def verl_kl_penalty(logprob, ref_logprob, *, kl_penalty):
 
 def verl_offpolicy_metrics(old_log_prob, rollout_log_prob, response_mask):
     got = rl.mismatch_metrics(old_log_prob, rollout_log_prob, response_mask)
-    result = {"kl": got["k1"], "k3_kl": got["k3"], "chi2_token": got["chi2_token"]}
-    for name, ours, empty in (
-        ("training_ppl", "train_ppl", 1.0),
-        ("rollout_ppl", "rollout_ppl", 1.0),
-        ("chi2_seq", "chi2_seq", 0.0),
-    ):
-        result[name] = _seq_mean_over_all_rows(got[ours], response_mask, empty)
-    # verl's ratio is rollout over train of log-perplexity differences with the opposite sign: train over
-    # rollout.
-    result["ppl_ratio"] = _seq_mean_over_all_rows(got["ppl_ratio"], response_mask, 1.0)
-    return result
+    rows = _AllRows(response_mask)
+    return {
+        "kl": got["k1"],
+        "k3_kl": got["k3"],
+        "chi2_token": got["chi2_token"],
+        "chi2_seq": rows.mean(got["chi2_seq"], 0.0),
+        "training_ppl": rows.mean(got["train_ppl"], 1.0),
+        "training_log_ppl": rows.mean(got["train_log_ppl"], 0.0),
+        "rollout_ppl": rows.mean(got["rollout_ppl"], 1.0),
+        "rollout_log_ppl": rows.mean(got["rollout_log_ppl"], 0.0),
+        "log_ppl_diff": rows.mean(got["log_ppl_diff_mean"], 0.0),
+        "log_ppl_abs_diff": rows.mean(got["log_ppl_diff_abs_mean"], 0.0),
+        "log_ppl_diff_max": rows.max(got["log_ppl_diff_max"], 0.0),
+        "log_ppl_diff_min": rows.min(got["log_ppl_diff_min"], 0.0),
+        "ppl_ratio": rows.mean(got["ppl_ratio"], 1.0),
+    }
 
 
 def verl_rollout_is(
@@ -114,15 +139,43 @@ def verl_rollout_is(
     rollout_is_batch_normalize=False,
 ):
     arguments = (old_log_prob, rollout_log_prob, response_mask)
-    weights = rl.rollout_is_weights(*arguments, level=rollout_is, upper=rollout_is_threshold)
+    bounds = {"level": rollout_is, "upper": rollout_is_threshold}
+    weights = rl.rollout_is_weights(*arguments, **bounds)
+    got = rl.mismatch_metrics(*arguments, **bounds, lower=1 / rollout_is_threshold)
+    rows = _AllRows(response_mask)
+    # The mean ratio of a masked row is 0 to verl, its product of ratios 1.
+    seq_max, seq_min = rows.max(got["seq_ratio_max"], 0.0), rows.min(got["seq_ratio_min"], 0.0)
+    result = {
+        "rollout_is_mean": got["ratio_mean"],
+        "rollout_is_std": got["weight_std"],
+        "rollout_is_eff_sample_size": got["weight_ess"],
+        "rollout_is_seq_mean": rows.mean(got["seq_ratio_mean"], 0.0),
+        "rollout_is_seq_std": rows.std(got["seq_ratio_mean"], got["seq_ratio_std"], 0.0),
+        "rollout_is_seq_max": seq_max,
+        "rollout_is_seq_min": seq_min,
+        "rollout_is_seq_max_deviation": torch.maximum((seq_max - 1).abs(), (seq_min - 1).abs()),
+        "rollout_is_seq_fraction_high": rows.mean(got["seq_above"], 0.0),
+        "rollout_is_seq_fraction_low": rows.mean(got["seq_below"], 1.0),
+    }
+    if rollout_is == "token":
+        result["rollout_is_max"], result["rollout_is_min"] = got["ratio_max"], got["ratio_min"]
+        result["rollout_is_ratio_fraction_high"] = got["above"]
+        result["rollout_is_ratio_fraction_low"] = got["below"]
+    else:
+        result["rollout_is_max"] = rows.max(got["ratio_max"], 1.0)
+        result["rollout_is_min"] = rows.min(got["ratio_min"], 1.0)
+        result["rollout_is_ratio_fraction_high"] = rows.mean(got["seq_above"], 0.0)
+        result["rollout_is_ratio_fraction_low"] = rows.mean(got["seq_below"], 0.0)
     if rollout_is_batch_normalize:
-        mask = response_mask.bool()
+        # Of the applied weights: all tokens alike, or all sequences alike.
         if rollout_is == "token":
-            mean = weights.sum() / mask.sum().clamp_min(1)
+            mean = weights.sum() / response_mask.bool().sum().clamp_min(1)
         else:
-            mean = weights.amax(-1).sum() / _sequences(mask).clamp_min(1)
-        weights = weights / mean if mean > 1e-8 else weights
-    return {"weights": weights}
+            mean = weights.amax(-1).sum() / rows.full.clamp_min(1)
+        factor = mean if mean > 1e-8 else torch.ones(())
+        weights = weights / factor
+        result["rollout_is_batch_norm_factor"] = factor
+    return {"weights": weights, **result}
 
 
 def verl_overlong(lengths, *, max_resp_len, overlong_buffer_len, penalty_factor):
@@ -212,8 +265,13 @@ def trl_grpo_loss(
         kl = rl.kl_penalty(per_token_logps, ref_per_token_logps, completion_mask, kind="k3", clamped=False)
         loss = loss + beta * rl.agg_loss(kl, completion_mask, mode, **aggregation)
         metrics["kl"] = rl.agg_loss(kl.detach(), completion_mask, "token-mean")
-    if importance_sampling_level == "sequence":  # TRL's clip shares are then means over sequences
-        metrics = {name: value for name, value in metrics.items() if not name.startswith("clip_ratio")}
+    if importance_sampling_level == "sequence":  # TRL counts a fully masked row as a sequence that is not clipped
+        full = mask.any(-1).float()
+        for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
+            metrics[name] = metrics[name] * full.mean()
+        metrics["clip_ratio/low_min"] = metrics["clip_ratio/low_min"] * full.amin()
+    entropies = torch.zeros_like(per_token_logps) if entropies is None else entropies
+    metrics["entropy"] = rl.agg_loss(entropies, completion_mask, "token-mean")
     return loss, metrics
 
 
@@ -228,23 +286,32 @@ def trl_advantages(
     weights = torch.ones(rewards_per_func.shape[1]) if reward_weights is None else reward_weights
     count = len(rewards_per_func)
     groups = torch.arange(count) // num_generations
+    options = {"epsilon": 1e-4, "constant": "rounding"}
     if multi_objective_aggregation == "normalize_then_sum":
         # Each reward is normalized in its groups, and their weighted sum over the whole batch.
-        parts = [rl.group_advantages(column, groups, epsilon=1e-4) for column in rewards_per_func.T]
+        parts = [rl.group_advantages(column, groups, **options) for column in rewards_per_func.T]
         total = (torch.stack(parts, -1) * weights).sum(-1)
-        constant = ~rl.informative_groups(total, count)
-        return {"advantages": rl.group_advantages(total, count, epsilon=1e-4), "is_std_zero": constant}
+        everything = torch.zeros(count, dtype=torch.long)
+        return {
+            "advantages": rl.group_advantages(total, everything, **options),
+            "is_std_zero": _is_std_zero(total, everything),
+        }
     # A sample no reward function scored takes no part in its group and gets advantage 0.
     scored = ~rewards_per_func.isnan().all(-1)
     rewards = (rewards_per_func * weights).nansum(-1)
     norm = {"group": True, "batch": "batch", "none": False}[scale_rewards]
     advantages = torch.zeros(count)
-    advantages[scored] = rl.group_advantages(rewards[scored], groups[scored], norm, epsilon=1e-4)
+    advantages[scored] = rl.group_advantages(rewards[scored], groups[scored], norm, **options)
     constant = torch.zeros(count, dtype=torch.bool)
-    constant[scored] = ~rl.informative_groups(
-        rewards[scored], int(scored.sum()) if scale_rewards == "batch" else groups[scored]
-    )
+    constant[scored] = _is_std_zero(rewards[scored], groups[scored] * (scale_rewards != "batch"))
     return {"advantages": advantages, "is_std_zero": constant}
+
+
+def _is_std_zero(rewards, groups):
+    """TRL logs the groups whose deviation, with the rounding of the mean in it, is at most 1e-8."""
+    centred = rl.group_advantages(rewards, groups, norm_by_std=False, constant="rounding").double()
+    mates = groups[:, None] == groups
+    return ((mates * centred.square()).sum(-1) / (mates.sum(-1) - 1).clamp_min(1)).sqrt() <= 1e-8
 
 
 def trl_is_ratio(old_per_token_logps, sampling_per_token_logps, completion_mask, *, mode, clip_max=3.0, clip_min=None):

@@ -53,6 +53,53 @@ def test_equal_rewards_have_advantage_exactly_zero(value, norm):
     assert (got[8:] != 0).all()
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(2, 70), min_size=1, max_size=5),
+    st.integers(0, 10_000),
+    st.sampled_from([-3, 0, 3]),
+    st.sampled_from([True, False]),
+    st.sampled_from([1e-6, 1e-4]),
+)
+def test_rounding_of_equal_rewards(sizes, seed, exponent, norm, epsilon):
+    """What torch.mean and torch.std leave of each group of equal rewards, whatever its size, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(len(sizes), generator=generator) * 10.0**exponent
+    ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    order = torch.randperm(len(ids), generator=generator)
+    rewards, ids = values[ids[order]], ids[order]
+    want = torch.empty_like(rewards)
+    for group in range(len(sizes)):
+        mates = rewards[ids == group]
+        want[ids == group] = (mates - mates.mean()) / (mates.std() + epsilon if norm else 1.0)
+    got = group_advantages(rewards, ids, norm, epsilon, constant="rounding")
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    assert (group_advantages(rewards, ids, norm, epsilon) == 0).all()
+
+
+def test_rounding_is_there_to_be_seen():
+    rewards = torch.full((8,), 0.7)
+    assert group_advantages(rewards, 8, constant="rounding")[0].item() == pytest.approx(0.0560341, abs=1e-6)
+    assert group_advantages(rewards, 8, epsilon=1e-4, constant="rounding")[0].item() == pytest.approx(
+        5.957e-4, abs=1e-6
+    )
+    exact = torch.full((8,), 0.5)
+    assert (group_advantages(exact, 8, constant="rounding") == 0).all()
+
+
+def test_groups_of_any_size_are_the_groups_one_by_one():
+    generator = torch.Generator().manual_seed(4)
+    sizes = torch.tensor([3, 1, 5, 3, 2, 1, 8])
+    ids = torch.arange(7).repeat_interleave(sizes)[torch.randperm(23, generator=generator)] * 10 - 30
+    rewards = torch.randn(23, generator=generator)
+    for norm in (True, False):
+        got = group_advantages(rewards, ids, norm, singleton="reward")
+        for group in ids.unique():
+            mates = ids == group
+            want = group_advantages(rewards[mates], int(mates.sum()), norm, singleton="reward")
+            assert torch.equal(got[mates], want)
+
+
 def test_norm_by_std():
     rewards = torch.tensor([1.0, 3.0, 10.0, 20.0])
     assert group_advantages(rewards, 2, norm_by_std=False).tolist() == [-1, 1, -5, 5]
@@ -78,12 +125,32 @@ def test_informative_groups():
     assert not informative_groups(torch.zeros(4), 2).any()
 
 
-def test_empty_and_gradient():
-    assert group_advantages(torch.zeros(0), 4).shape == (0,)
-    assert informative_groups(torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
+@pytest.mark.parametrize("norm", [True, False, "batch"])
+@pytest.mark.parametrize("groups", [4, torch.zeros(0, dtype=torch.long)])
+def test_no_samples(norm, groups):
+    for constant in ("zero", "rounding"):
+        assert group_advantages(torch.zeros(0), groups, norm, constant=constant).shape == (0,)
+    keep = informative_groups(torch.zeros(0), groups)
+    assert keep.shape == (0,)
+    assert keep.dtype == torch.bool
+
+
+@pytest.mark.parametrize("norm", [True, False, "batch"])
+def test_never_nan(norm):
+    """One sample, one group, all alike, or all of them alone in their group: numbers, and 0 where nothing differs."""
+    for rewards, groups in (([3.0], 1), ([3.0], torch.tensor([5])), ([0.7] * 6, 6), ([1.0, 2.0, 3.0], 1)):
+        for constant in ("zero", "rounding"):
+            got = group_advantages(torch.tensor(rewards), groups, norm, constant=constant)
+            assert got.isfinite().all()
+            assert (got.abs() < 0.1).all()
+        assert not informative_groups(torch.tensor(rewards), groups).any()
+
+
+def test_gradient_and_dtype():
     rewards = torch.tensor([0.0, 1.0], requires_grad=True)
     assert not group_advantages(rewards, 2).requires_grad
     assert group_advantages(rewards.bfloat16(), 2).dtype == torch.float32
+    assert group_advantages(torch.tensor([0, 1]), 2).dtype == torch.float32
     assert group_advantages(rewards.double(), 2).dtype == torch.float64
 
 
@@ -115,5 +182,7 @@ def test_bad_input(function, rewards, groups, error, message):
 def test_bad_options():
     with pytest.raises(ValueError, match="norm_by_std must be True, False or 'batch', got 'group'"):
         group_advantages(torch.zeros(2), 2, norm_by_std="group")
-    with pytest.raises(ValueError, match="singleton must be 'zero' or 'reward', got 'one'"):
+    with pytest.raises(ValueError, match="singleton.*'one'.*'zero', 'reward'"):
         group_advantages(torch.zeros(2), 2, singleton="one")
+    with pytest.raises(ValueError, match="constant.*'noise'.*'zero', 'rounding'"):
+        group_advantages(torch.zeros(2), 2, constant="noise")

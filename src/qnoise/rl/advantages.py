@@ -1,9 +1,19 @@
-"""Rewards of groups of samples turned into advantages, and the groups worth training on."""
+"""Rewards of groups of samples turned into advantages, and the groups worth training on.
+
+Rewards are few and have to be looked at before they are used (one that is not finite is an error), so they are
+read to the host once and all arithmetic is done there: the same numbers on every device, sums of squares in fp64
+also where the device has none.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..spelling import check_choice
+
+CONSTANT_GROUPS = ("zero", "rounding")
+SINGLETON_GROUPS = ("zero", "reward")
 
 
 def group_advantages(
@@ -13,22 +23,26 @@ def group_advantages(
     epsilon: float = 1e-6,
     *,
     singleton: str = "zero",
+    constant: str = "zero",
 ) -> Tensor:
     """Advantage of each sample inside its group: (reward − mean) / (std + epsilon) (GRPO, arXiv 2402.03300).
 
-    The standard deviation is the unbiased one. A group whose rewards are all equal has advantage exactly 0
-    (its computed deviation would be rounding noise, which the division would blow up).
+    The mean is an fp32 one (fp64 for fp64 rewards) and the deviation, the unbiased one, is taken from it, as verl
+    and TRL do. A group whose rewards are all equal has advantage exactly 0; without that rule the mean's rounding
+    would be divided by a deviation that is the same rounding: eight rewards of 0.7 get 0.056 in verl.
 
     Args:
-        rewards: (N,) finite rewards, any dtype.
+        rewards: (N,) finite rewards, any dtype, any device (read to the host).
         groups: (N,) integer group ids in any order, groups of any size; or an int G: consecutive groups of G.
         norm_by_std: True divides by the group's deviation; False does not divide (Dr. GRPO); "batch" divides
             by the deviation of all N rewards.
         epsilon: added to the deviation; verl 1e-6, TRL 1e-4.
         singleton: the advantage of a group of one: "zero" or "reward" (verl: the reward itself).
+        constant: the advantage of a larger group of equal rewards: "zero", or "rounding" (verl, TRL: what their
+            arithmetic leaves), to reproduce a run of theirs number by number.
 
     Returns:
-        (N,) fp32 (fp64 for fp64 rewards), no gradient, on the device of ``rewards``.
+        (N,) fp32 (fp64 for fp64 rewards), no gradient, on the device of ``rewards``. Without rewards (0,).
 
     Raises:
         ValueError: shapes differ (both are named), N is no multiple of G, a reward is not finite (its index
@@ -37,64 +51,65 @@ def group_advantages(
     """
     if norm_by_std not in (True, False, "batch"):
         raise ValueError(f"norm_by_std must be True, False or 'batch', got {norm_by_std!r}")
-    if singleton not in ("zero", "reward"):
-        raise ValueError(f"singleton must be 'zero' or 'reward', got {singleton!r}")
-    index = _group_index(rewards, groups)
-    exact = rewards.detach().double()
-    out_dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    if exact.numel() == 0:
-        return exact.to(out_dtype)
-    _check_finite(exact)
-
-    sizes = torch.bincount(index)
-    sums = torch.zeros(len(sizes), dtype=torch.float64, device=exact.device)
-    mean = sums.index_add(0, index, exact) / sizes
-    # The mean is subtracted in the result's precision, summed in the order of the samples: verl's and TRL's
-    # rounding, which shows where the rewards of a group differ by little.
-    values = rewards.detach().to(out_dtype)
-    centred = values - (sums.to(out_dtype).index_add(0, index, values) / sizes)[index]
-    if norm_by_std is True:
-        squares = sums.index_add(0, index, (exact - mean[index]).square())
-        deviation = (squares / (sizes - 1).clamp_min(1)).sqrt()
-        advantage = centred / (deviation[index].to(out_dtype) + epsilon)
-    elif norm_by_std == "batch":
-        deviation = exact.std() if exact.numel() > 1 else sums[0]
-        advantage = centred / (deviation.to(out_dtype) + epsilon)
-    else:
-        advantage = centred
-    advantage = torch.where(_varies(exact, index, len(sizes)), advantage, 0.0)
-    if singleton == "reward":
-        scale = 1 + epsilon if norm_by_std is True else 1.0
-        advantage = torch.where(sizes[index] == 1, values / scale, advantage)
-    return advantage
+    check_choice("singleton", singleton, SINGLETON_GROUPS)
+    check_choice("constant", constant, CONSTANT_GROUPS)
+    values = _read_rewards(rewards)
+    advantages = torch.zeros_like(values)
+    for rows in _rows_of_groups(groups, rewards):
+        group = values[rows]
+        if rows.shape[1] == 1:
+            # verl divides by a deviation of 1.
+            own = group / (1 + epsilon) if norm_by_std is True else group
+            advantages[rows] = own if singleton == "reward" else 0.0
+            continue
+        centred = group - group.mean(1, keepdim=True)
+        if norm_by_std is False:
+            scaled = centred
+        else:
+            spread = centred if norm_by_std is True else (values - values.mean())[None]
+            scaled = centred / (_deviation(spread) + epsilon)
+        advantages[rows] = scaled if constant == "rounding" else torch.where(_varies(group), scaled, 0.0)
+    return advantages.to(rewards.device)
 
 
 def informative_groups(rewards: Tensor, groups: Tensor | int) -> Tensor:
     """Which samples belong to a group whose rewards differ (DAPO's dynamic sampling keeps only these).
 
     Args:
-        rewards: (N,) finite.
+        rewards: (N,) finite, any device (read to the host).
         groups: (N,) integer ids in any order, or an int G for consecutive groups of G.
 
     Returns:
-        (N,) bool, all False when no group is informative. Dropping the other samples leaves the gradient's
-        direction as it is (their advantage is 0) but shrinks the denominator of a token mean.
+        (N,) bool on the device of ``rewards``, all False when no group is informative: there is nothing to learn
+        from then, so sample more prompts or go without an update. Dropping the other samples leaves the
+        gradient's direction as it is (their advantage is 0) but shrinks the denominator of a token mean.
 
     Raises:
         ValueError, TypeError: as :func:`group_advantages`.
     """
-    index = _group_index(rewards, groups)
-    exact = rewards.detach().double()
-    if exact.numel() == 0:
-        return torch.zeros(0, dtype=torch.bool, device=rewards.device)
-    _check_finite(exact)
-    return _varies(exact, index, int(index.max()) + 1)
+    values = _read_rewards(rewards)
+    keep = torch.zeros(len(values), dtype=torch.bool)
+    for rows in _rows_of_groups(groups, rewards):
+        keep[rows] = _varies(values[rows]).expand_as(rows)
+    return keep.to(rewards.device)
 
 
-def _group_index(rewards: Tensor, groups: Tensor | int) -> Tensor:
-    """Group number 0..K−1 of each sample."""
+def _read_rewards(rewards: Tensor) -> Tensor:
+    """(N,) finite rewards on the CPU, fp32 (fp64 if they were)."""
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape (samples,), got {tuple(rewards.shape)}")
+    values = rewards.detach().cpu().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"rewards must be finite; sample {bad[0]} has {values[bad[0]].item()} ({len(bad)} in all)")
+    return values
+
+
+def _rows_of_groups(groups: Tensor | int, rewards: Tensor) -> list[Tensor]:
+    """Sample numbers as (K, size) matrices, a row a group, a matrix for every size of group that occurs.
+
+    A row keeps the order of its samples, so that its fp32 mean is that of the peers, who take a group at a time.
+    """
     if isinstance(groups, Tensor):
         if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
             raise TypeError(f"group ids must be integers, got {groups.dtype}")
@@ -102,7 +117,9 @@ def _group_index(rewards: Tensor, groups: Tensor | int) -> Tensor:
             raise ValueError(
                 f"group ids have shape {tuple(groups.shape)} but rewards have shape {tuple(rewards.shape)}"
             )
-        return torch.unique(groups.to(rewards.device), return_inverse=True)[1]
+        index, sizes = torch.unique(groups.cpu(), return_inverse=True, return_counts=True)[1:]
+        order, starts = index.argsort(stable=True), sizes.cumsum(0) - sizes
+        return [order[starts[sizes == size][:, None] + torch.arange(size)] for size in torch.unique(sizes).tolist()]
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(f"groups must be a tensor of ids or a number of generations, got {type(groups).__name__}")
     if groups < 1 or rewards.numel() % groups:
@@ -110,18 +127,15 @@ def _group_index(rewards: Tensor, groups: Tensor | int) -> Tensor:
             f"{rewards.numel()} rewards cannot be cut into consecutive groups of {groups}; "
             "pass group ids for groups of unequal size"
         )
-    return torch.arange(rewards.numel(), device=rewards.device) // groups
+    return [torch.arange(rewards.numel()).view(-1, groups)]
 
 
-def _check_finite(rewards: Tensor) -> None:
-    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"rewards must be finite; sample {bad[0]} has {rewards[bad[0]].item()} ({len(bad)} in all)")
+def _deviation(centred: Tensor) -> Tensor:
+    """(K, 1) unbiased standard deviation of each row of values less their mean; squares are summed in fp64."""
+    squares = centred.double().square().sum(1, keepdim=True)
+    return (squares / max(centred.shape[1] - 1, 1)).sqrt().to(centred.dtype)
 
 
-def _varies(rewards: Tensor, index: Tensor, num_groups: int) -> Tensor:
-    """(N,) bool: max and min of the sample's group differ."""
-    start = torch.zeros(num_groups, dtype=rewards.dtype, device=rewards.device)
-    high = start.scatter_reduce(0, index, rewards, "amax", include_self=False)
-    low = start.scatter_reduce(0, index, rewards, "amin", include_self=False)
-    return (high != low)[index]
+def _varies(group: Tensor) -> Tensor:
+    """(K, 1) bool: max and min of the row differ."""
+    return group.amax(1, keepdim=True) > group.amin(1, keepdim=True)
