@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qnoise.rl import token_log_probs
 
@@ -37,6 +38,12 @@ def test_values_and_gradients_in_fp64(temperature, chunk_rows, use):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
+def half_ulp(x):
+    """Half the distance from an fp32 number to the next one away from zero."""
+    x = x.float()
+    return ((x.nextafter(x.sign() * torch.inf) - x).abs() / 2).double()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fp32_inside(dtype):
     """16-bit logits give the log-probabilities of those logits to fp32 precision, not to 16-bit precision."""
@@ -45,9 +52,8 @@ def test_fp32_inside(dtype):
     log_prob, entropy = token_log_probs(logits, ids)
     want_log_prob, want_entropy = naive(logits.detach(), ids)
     assert log_prob.dtype == entropy.dtype == torch.float32
-    # Log-probabilities here reach −18, where neighbouring fp32 numbers are 1.9e-6 apart.
-    torch.testing.assert_close(log_prob.double(), want_log_prob, rtol=2**-23, atol=1e-6)
-    torch.testing.assert_close(entropy.double(), want_entropy, rtol=2**-23, atol=1e-6)
+    assert ((log_prob.double() - want_log_prob).abs() <= 5e-7 + half_ulp(want_log_prob)).all()
+    assert ((entropy.double() - want_entropy).abs() <= 1e-6 + half_ulp(want_entropy)).all()
     rounded = torch.log_softmax(logits.detach(), -1).gather(-1, ids[:, None])[:, 0]
     if dtype != torch.float32:
         assert (rounded.double() - want_log_prob).abs().max() > 1e-3
@@ -55,11 +61,27 @@ def test_fp32_inside(dtype):
     assert gradient.dtype == dtype
 
 
-def test_accuracy_at_large_logits():
-    logits, ids = example(torch.float32, rows=(32,), vocab=1000)
-    shifted = logits + 5e4
-    got = token_log_probs(shifted, ids)[0]
-    torch.testing.assert_close(got.double(), naive(shifted, ids)[0], rtol=2**-23, atol=1e-6)
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.3])
+@pytest.mark.parametrize("vocab", [1000, 151_936])
+@pytest.mark.parametrize("offset", [0.0, -3000.0])
+def test_accuracy(temperature, vocab, offset):
+    """1e-6 down to −16, whatever the vocabulary, the size of the logits and the temperature; softmax in fp32 is not."""
+    plain = []
+    for scale in (0.01, 1.0, 4.0):
+        generator = torch.Generator().manual_seed(0)
+        logits = scale * torch.randn(8, vocab, generator=generator) + offset
+        ids = torch.randint(vocab, (8,), generator=generator)
+        ids[:4] = logits[:4].argmax(-1)
+        want, want_entropy = naive(logits, ids, temperature)
+        log_prob, entropy = token_log_probs(logits, ids, temperature)
+        error = (log_prob.double() - want).abs()
+        assert (error <= 5e-7 + half_ulp(want)).all()
+        assert (error[want > -16] <= 1e-6).all()
+        assert ((entropy.double() - want_entropy).abs() <= 1e-6 + half_ulp(want_entropy)).all()
+        fp32 = torch.log_softmax(logits / temperature, -1).gather(-1, ids[:, None])[:, 0]
+        plain.append((fp32.double() - want).abs().max())
+    if vocab > 1000:
+        assert max(plain) > 2e-6
 
 
 def test_impossible_tokens():
@@ -75,6 +97,9 @@ def test_impossible_tokens():
     (gradient,) = torch.autograd.grad(log_prob.sum() + entropy.sum(), leaf)
     assert gradient.isfinite().all()
     assert (gradient[..., 3] == 0).all()
+    big = token_log_probs(leaf.float(), ids)[1].sum() * 1e6
+    assert torch.autograd.grad(big, leaf)[0].isfinite().all()
+    assert (token_log_probs(logits.float(), torch.full_like(ids, 3))[0] == -torch.inf).all()
     assert (token_log_probs(logits, torch.full_like(ids, 3))[0] == -torch.inf).all()
 
 
@@ -96,17 +121,21 @@ class Scaled(nn.Linear):
 
 @pytest.mark.parametrize("chunk_rows", [None, 1, 4])
 @pytest.mark.parametrize("head_class", [nn.Linear, Scaled])
-def test_from_hidden_states(chunk_rows, head_class):
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("use", ["log_prob", "entropy", "both"])
+def test_from_hidden_states(chunk_rows, head_class, trained, use):
     torch.manual_seed(0)
-    head = head_class(8, 17).double()
+    head = head_class(8, 17).double().requires_grad_(trained)
     _, ids = example()
     hidden = torch.randn(3, 5, 8, dtype=torch.float64)
+    weight = torch.linspace(-1, 2, ids.numel(), dtype=torch.float64).view(ids.shape)
 
     def run(module, function):
         leaf = hidden.clone().requires_grad_()
         log_prob, entropy = function(leaf, module)
-        (log_prob.sum() + 0.3 * entropy.square().sum()).backward()
-        return log_prob, entropy, leaf.grad, module.weight.grad, module.bias.grad
+        parts = {"log_prob": (weight * log_prob).sum(), "entropy": 0.3 * entropy.square().sum()}
+        (parts[use] if use in parts else sum(parts.values())).backward()
+        return log_prob, entropy, leaf.grad, *((module.weight.grad, module.bias.grad) if trained else ())
 
     got = run(copy.deepcopy(head), lambda h, m: token_log_probs(h, ids, 0.7, lm_head=m, chunk_rows=chunk_rows))
     want = run(copy.deepcopy(head), lambda h, m: naive(m(h), ids, 0.7))
@@ -114,15 +143,36 @@ def test_from_hidden_states(chunk_rows, head_class):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
-def test_head_is_recomputed_in_chunks():
-    """No call of the head sees more than chunk_rows rows, and the backward calls it again."""
-    head, sizes = nn.Linear(8, 17), []
+def counted(head):
+    """The head, and the number of rows of each of its calls."""
+    sizes = []
     head.register_forward_hook(lambda module, args, out: sizes.append(len(args[0])))
+    return head, sizes
+
+
+def test_trained_head_is_recomputed_in_chunks():
+    """No call of the head sees more than chunk_rows rows, and the backward calls it again."""
+    head, sizes = counted(nn.Linear(8, 17))
     hidden, ids = torch.randn(10, 8, requires_grad=True), torch.zeros(10, dtype=torch.long)
     log_prob, _ = token_log_probs(hidden, ids, lm_head=head, chunk_rows=4)
     assert sizes == [4, 4, 2]
     log_prob.sum().backward()
     assert sorted(sizes[3:]) == [2, 4, 4]
+    with torch.no_grad():
+        assert torch.equal(token_log_probs(hidden, ids, lm_head=head, chunk_rows=4)[0], log_prob)
+    assert len(sizes) == 9
+
+
+def test_frozen_head_is_called_once():
+    """Its gradient is formed in the forward; a gradient through the entropy alone needs it again."""
+    head, sizes = counted(nn.Linear(8, 17).requires_grad_(False))
+    hidden, ids = torch.randn(10, 8, requires_grad=True), torch.zeros(10, dtype=torch.long)
+    log_prob, entropy = token_log_probs(hidden, ids, lm_head=head, chunk_rows=4)
+    first = torch.autograd.grad(log_prob.sum(), hidden, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(log_prob.sum(), hidden, retain_graph=True)[0], first)
+    assert sizes == [4, 4, 2]
+    entropy.sum().backward()
+    assert sizes == [4, 4, 2, 4, 4, 2]
     with torch.no_grad():
         assert torch.equal(token_log_probs(hidden, ids, lm_head=head, chunk_rows=4)[0], log_prob)
     assert len(sizes) == 9
@@ -137,10 +187,82 @@ def test_frozen_head_and_frozen_hidden():
     assert head.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("lm_head", [None, nn.Linear(4, 6)])
+class Times(nn.Module):
+    """A head whose weight is a tensor that no ``parameters()`` lists."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_a_tensor_that_is_no_parameter_gets_its_gradient():
+    weight = torch.randn(17, 8, requires_grad=True)
+    hidden, ids = torch.randn(6, 8, requires_grad=True), torch.arange(6)
+    got = token_log_probs(hidden, ids, lm_head=Times(weight * 2), chunk_rows=4)[0]
+    want = naive(hidden @ weight.T * 2, ids)[0]
+    for a, b in zip(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_dropout_in_the_head(frozen):
+    """What the forward dropped is what the gradients are of, that of the entropy too."""
+    head = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 17)).requires_grad_(not frozen).double()
+    hidden, ids = torch.randn(6, 8, dtype=torch.float64, requires_grad=True), torch.arange(6)
+    gradients = []
+    for function in (lambda h: token_log_probs(h, ids, lm_head=head), lambda h: naive(head(h), ids)):
+        torch.manual_seed(3)
+        log_prob, entropy = function(hidden)
+        torch.manual_seed(4)
+        gradients.append(torch.autograd.grad(log_prob.sum() + entropy.sum(), hidden)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_autocast(frozen):
+    """The head computes in bf16 both times, the softmax in fp32."""
+    head, dtypes = nn.Linear(8, 17).requires_grad_(not frozen), []
+    head.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    hidden, ids = torch.randn(6, 8, requires_grad=True), torch.arange(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_prob, entropy = token_log_probs(hidden, ids, lm_head=head)
+        want = naive(head(hidden), ids)
+    torch.testing.assert_close(log_prob, want[0].float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropy, want[1].float(), rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(log_prob.sum() + entropy.sum(), hidden)
+    assert gradient.dtype == torch.float32
+    assert gradient.isfinite().all()
+    assert dtypes == [torch.bfloat16] * 3
+
+
+def test_fp32_input_needs_no_fp64():
+    """Some devices have none."""
+
+    class NoDoubles(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made = out if isinstance(out, (tuple, list)) else [out]
+            assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in made), func
+            return out
+
+    logits, ids = example(torch.float32)
+    hidden = torch.randn(3, 5, 8, requires_grad=True)
+    with NoDoubles():
+        sum(token_log_probs(logits.clone().requires_grad_(), ids, 0.7)).sum().backward()
+        for frozen in (True, False):
+            head = nn.Linear(8, 17).requires_grad_(not frozen)
+            sum(token_log_probs(hidden, ids, 0.7, lm_head=head)).sum().backward()
+
+
+@pytest.mark.parametrize("lm_head", [None, nn.Linear(4, 6), nn.Linear(4, 6).requires_grad_(False)])
 def test_no_rows(lm_head):
-    log_prob, entropy = token_log_probs(torch.zeros(0, 3, 4), torch.zeros(0, 3, dtype=torch.long), lm_head=lm_head)
+    hidden = torch.zeros(0, 3, 4, requires_grad=True)
+    log_prob, entropy = token_log_probs(hidden, torch.zeros(0, 3, dtype=torch.long), lm_head=lm_head)
     assert log_prob.shape == entropy.shape == (0, 3)
+    assert torch.autograd.grad(log_prob.sum() + entropy.sum(), hidden)[0].shape == (0, 3, 4)
 
 
 def test_bad_input():
@@ -152,6 +274,13 @@ def test_bad_input():
     for temperature in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="temperature must be positive"):
             token_log_probs(logits, ids, temperature)
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got inf"):
+        token_log_probs(logits, ids, float("inf"))
+    for head in (None, nn.Linear(17, 17).double(), nn.Linear(17, 17).double().requires_grad_(False)):
+        for wrong in (-100, 17):
+            with pytest.raises(ValueError, match=f"ids must be 0 to 16, got {wrong}; where the mask is 0 any valid id"):
+                token_log_probs(logits.requires_grad_(), ids.where(ids != 2, wrong), lm_head=head)
+    logits = logits.detach()
     with pytest.raises(ValueError, match="chunk_rows must be at least 1, got 0"):
         token_log_probs(logits, ids, chunk_rows=0)
     with pytest.raises(TypeError, match=r"logits must be floating point, got torch\.int64"):

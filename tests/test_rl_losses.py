@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qnoise.rl import agg_loss, dapo_loss, kl_penalty
 from qnoise.rl.losses import LOSS_AGG_MODES
@@ -47,19 +48,57 @@ def test_formula(c):
         "actor/pg_clipfrac_lower": ((ratio > 1.5) & (a < 0))[mask].double().mean() if c else torch.tensor(0.0),
     }
     share["actor/pg_clipfrac"] = share["clip_ratio/low_mean"] + share["clip_ratio/high_mean"]
+    share["clip_ratio/region_mean"] = share["actor/pg_clipfrac"]
+    by_row = [
+        (((r < 0.8) & (b < 0))[m].double().mean(), ((r > 1.25) & (b > 0))[m].double().mean())
+        for r, b, m in zip(ratio, a, mask, strict=True)
+    ]
+    share["clip_ratio/low_min"] = min(low for low, _ in by_row)
+    share["clip_ratio/high_max"] = max(high for _, high in by_row)
     assert metrics.keys() == share.keys()
     for name, value in share.items():
         assert metrics[name].item() == pytest.approx(value.item(), rel=1e-6), name
         assert metrics[name].shape == ()
         assert not metrics[name].requires_grad
-        assert value != 0 or c is None, f"{name} is 0: this batch tests nothing"
+        assert value != 0 or c is None or name == "clip_ratio/low_min", f"{name} is 0: this batch tests nothing"
 
 
-def test_gradient_matches_finite_differences():
-    new, old, advantages, mask = batch()
-    torch.autograd.gradcheck(
-        lambda x: dapo_loss(x, old, advantages, mask, clip_ratio_c=1.5)[0], (new,), eps=1e-7, atol=1e-6
-    )
+def test_clip_metrics_of_sequences():
+    """Means over the sequences that have a token; the fully masked one takes no part, in the least share either."""
+    log_ratio = torch.tensor([[-1.0, -1.0, 9.0], [0.5, 0.5, 0.5], [-1.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    arguments = (log_ratio, torch.zeros_like(log_ratio), torch.tensor([-1.0, 1.0, -1.0, 1.0]), mask)
+
+    def clip_ratios(rows, level):
+        metrics = dapo_loss(*(x[rows] for x in arguments), ratio_level=level)[1]
+        names = ("low_mean", "high_mean", "region_mean", "low_min", "high_max")
+        return [metrics[f"clip_ratio/{name}"].item() for name in names]
+
+    everything = slice(None)
+    assert clip_ratios(everything, "token") == pytest.approx([3 / 6, 3 / 6, 1, 0, 1])
+    assert clip_ratios(everything, "sequence") == pytest.approx([2 / 3, 1 / 3, 1, 0, 1])
+    assert clip_ratios([0, 2, 3], "sequence") == pytest.approx([1, 0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_gradient_matches_finite_differences(mode, level):
+    """The slope is written down, not traced; with weights, dual clip and every divisor it is the derivative."""
+    new, old, advantages, mask = batch(rows=8)
+    weights = torch.rand(8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    if level == "sequence":  # one weight a sequence: with one a token, GSPO's slope is not that of its loss
+        weights = weights[:, 0]
+
+    def loss(x):
+        arguments = {"clip_ratio_c": 1.3, "loss_agg_mode": mode, "ratio_level": level, "num_items_in_batch": 5}
+        return dapo_loss(x, old, advantages, mask, rollout_is_weights=weights, **arguments)[0]
+
+    torch.autograd.gradcheck(loss, (new,), eps=1e-7, atol=1e-6)
+    (gradient,) = torch.autograd.grad(7 * loss(new), new)
+    torch.testing.assert_close(gradient, 7 * torch.autograd.grad(loss(new), new)[0], rtol=1e-12, atol=0)
+    kept = gradient[mask]
+    assert (kept == 0).any()
+    assert (kept != 0).any()
 
 
 def test_on_policy_gradient_is_the_policy_gradient():
@@ -116,6 +155,20 @@ def test_all_masked(mode):
 
 
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_empty_batch(mode, level, shape):
+    new = torch.zeros(shape, requires_grad=True)
+    old, advantages = torch.zeros(shape), torch.ones(shape[0])
+    loss, metrics = dapo_loss(new, old, advantages, torch.ones(shape), loss_agg_mode=mode, ratio_level=level)
+    assert loss == 0
+    assert torch.autograd.grad(loss, new)[0].shape == shape
+    assert all(value == 0 for value in metrics.values())
+    assert agg_loss(old, torch.ones(shape), mode) == 0
+    assert kl_penalty(new, old, torch.ones(shape)).shape == shape
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
 @pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_gradient_accumulation_is_exact(mode, parts, as_tensor):
@@ -164,6 +217,24 @@ def test_far_off_policy_is_finite():
     assert gradient[0, 0] == 0
     assert gradient[0, 1] == 0
     assert gradient[0, 2] > 0
+
+
+def test_without_clamp_no_ratio_overflows():
+    new = torch.tensor([[-1.0, -1.0, -60.0]], requires_grad=True)
+    old = torch.tensor([[-400.0, -400.0, -1.0]])
+    for advantages in ([[-2.0, 0.0, -1.0]], [[2.0, 0.0, 0.0]]):
+        for c in (None, 3.0):
+            loss, _ = dapo_loss(
+                new, old, torch.tensor(advantages), torch.ones(1, 3), clip_ratio_c=c, max_log_ratio=math.inf
+            )
+            assert loss.isfinite()
+            assert torch.autograd.grad(loss, new)[0].isfinite().all()
+    at_50 = dapo_loss(torch.zeros(1, 1), torch.full((1, 1), -50.0), -torch.ones(1), torch.ones(1, 1))
+    assert at_50[0].item() == pytest.approx(math.exp(20), rel=1e-5)
+    beyond = dapo_loss(
+        torch.zeros(1, 1), torch.full((1, 1), -50.0), -torch.ones(1), torch.ones(1, 1), max_log_ratio=math.inf
+    )
+    assert beyond[0].item() == pytest.approx(math.exp(50), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -246,8 +317,8 @@ def test_k3_clamp_is_an_option():
         ({"advantages": torch.tensor(1.0)}, r"advantages has shape \(\) but log_prob"),
         ({"rollout_is_weights": torch.ones(2, 2)}, r"rollout_is_weights has shape \(2, 2\) but log_prob"),
         ({"log_prob": torch.zeros(6)}, r"log_prob must have shape \(batch, tokens\), got \(6,\)"),
-        ({"loss_agg_mode": "token-men"}, "loss_agg_mode='token-men' does not exist.*did you mean 'token-mean'"),
-        ({"ratio_level": "seq"}, "ratio_level='seq' does not exist; allowed: 'token', 'sequence'"),
+        ({"loss_agg_mode": "token-men"}, "loss_agg_mode is 'token-men'; it must be one of .*Did you mean 'token-mean'"),
+        ({"ratio_level": "seq"}, "ratio_level is 'seq'; it must be one of 'token', 'sequence'"),
         ({"clip_ratio_low": -0.1}, "clip_ratio_low must be between 0 and 1, got -0.1"),
         ({"clip_ratio_high": -1.0}, "clip_ratio_high must be at least 0, got -1.0"),
         ({"clip_ratio_c": 1.0}, "clip_ratio_c must be greater than 1, or None for no dual clip, got 1.0"),
@@ -269,6 +340,38 @@ def test_bad_input(change, message):
     dapo_loss(**good)
     with pytest.raises(ValueError, match=message):
         dapo_loss(**{**good, **change})
+
+
+class NoDoubles(TorchDispatchMode):
+    """Some devices have no fp64: an operation that gives such a tensor fails."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x.dtype for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
+        if torch.float64 in made:
+            raise RuntimeError(f"{func} makes an fp64 tensor")
+        return out
+
+
+def test_fp32_input_needs_no_fp64():
+    new, old, advantages, mask = (x.detach() for x in batch(dtype=torch.float32))
+    with pytest.raises(RuntimeError, match="makes an fp64 tensor"), NoDoubles():
+        new.double()
+    with NoDoubles():
+        for mode in LOSS_AGG_MODES:
+            leaf = new.clone().requires_grad_()
+            loss, _ = dapo_loss(leaf, old, advantages, mask, loss_agg_mode=mode, num_items_in_batch=3, clip_ratio_c=3.0)
+            (loss + agg_loss(kl_penalty(leaf, old, mask), mask, mode)).backward()
+
+
+def test_compiles_without_a_graph_break():
+    new, old, advantages, mask = (x.detach() for x in batch())
+    results = []
+    for function in (dapo_loss, torch.compile(dapo_loss, fullgraph=True, backend="aot_eager")):
+        leaf = new.clone().requires_grad_()
+        loss, metrics = function(leaf, old, advantages, mask, clip_ratio_c=3.0)
+        results.append((loss, metrics, torch.autograd.grad(loss, leaf)[0]))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
 
 
 def test_integer_log_probs_are_refused():

@@ -11,6 +11,7 @@ from .losses import agg_loss, dapo_loss, kl_penalty
 from .mismatch import mismatch_metrics, rollout_is_weights
 from .rewards import gsm8k_reward, soft_overlong_punishment
 from .rollouts import Rollout
+from .weights import rollout_weights
 
 __all__ = [
     "Rollout",
@@ -23,6 +24,7 @@ __all__ = [
     "kl_penalty",
     "mismatch_metrics",
     "rollout_is_weights",
+    "rollout_weights",
     "soft_overlong_punishment",
     "token_log_probs",
 ]
