@@ -198,7 +198,7 @@ class QuantSpec:
     @property
     def block_format(self) -> BlockFormat:
         """The row of :data:`FORMATS` that ``fmt`` names."""
-        return FORMATS[self.fmt]
+        return _TABLE[self.fmt]  # the compiler does not look through the read-only view
 
     @property
     def per_tensor_scale(self) -> bool:

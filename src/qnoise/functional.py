@@ -1,6 +1,6 @@
 """The public door to the numerics: checked arguments, straight-through gradients, generators.
 
-What is computed, and in which order, is told in ``reference.py``.
+What is computed, and in which order, is told in ``reference.py``; who computes it on which device, in ``ops.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops as _ops  # noqa: F401  (defines torch.ops.qnoise)
 from .formats import QuantSpec, as_spec, canonical_rounding
 from .packing import BlockQuantized
 from .philox import seed_from
@@ -44,7 +44,8 @@ def fake_quantize(
         rounding: ``"nearest"`` (ties to even; ``"even"`` is a synonym), ``"half_away"`` or
             ``"stochastic"``; None for the one of the spec, or nearest.
         generator: source of randomness for stochastic rounding, unused otherwise; None for torch's default
-            CPU generator. Two numbers are drawn from it in each call.
+            CPU generator. Two numbers are drawn from it in each call. In a function under ``torch.compile`` the
+            default generator draws anew in each call, as in eager mode; one that is given breaks the graph.
         amax: for formats with a per-tensor scale (NVFP4), the largest magnitude that scale is fixed by: a
             number, a 0-d tensor, or a tensor broadcastable to ``x``'s shape with ``axis`` reduced to 1 (a
             scale per token). Must be >= 0; a negative or NaN entry gives NaN. None: the largest finite
@@ -53,6 +54,9 @@ def fake_quantize(
 
     Returns:
         Tensor of ``x``'s shape, dtype and device (contiguous, or ``out``).
+
+    Nothing of the size of ``x`` is allocated but the result, unless ``x`` is not contiguous or ``axis`` is not the
+    last: then the blocks are copied to where they lie in a row, and back.
 
     Raises:
         TypeError: ``x`` is not a floating-point tensor of a dtype above, or ``fmt`` is neither a name nor a
@@ -67,12 +71,14 @@ def fake_quantize(
     reduced = _check_amax(amax, x, axis, spec)
     if out is not None:
         _check_out(out, x)
-    seed = seed_from(generator) if spec.rounding == "stochastic" else None
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _StraightThrough.apply(x, spec, axis, reduced, seed)
-    with torch.no_grad():
-        result = reference.fake_quantize(x, spec, axis=axis, amax=reduced, seed=seed)
-        return result if out is None else out.copy_(result)
+    seed, offset = seed_from(generator) if spec.rounding == "stochastic" else (0, 0)
+    arguments = (x, spec.fmt, spec.scale_mode, spec.rounding, axis, reduced, seed, offset)
+    if out is None:
+        if _in_transform(x):
+            return _StraightThrough.apply(*arguments)
+        return torch.ops.qnoise.fake_quantize.default(*arguments)
+    torch.ops.qnoise.fake_quantize_out.default(*arguments, out)
+    return out
 
 
 def quantize(
@@ -96,25 +102,42 @@ def quantize(
     spec = _resolve(fmt, scale_mode, rounding)
     _check_input(x, axis)
     reduced = _check_amax(amax, x, axis, spec)
-    seed = seed_from(generator) if spec.rounding == "stochastic" else None
+    seed, offset = seed_from(generator) if spec.rounding == "stochastic" else (0, 0)
     with torch.no_grad():
-        return reference.quantize(x, spec, axis=axis, amax=reduced, seed=seed)
+        codes, scale_codes, divisor = torch.ops.qnoise.quantize.default(
+            x, spec.fmt, spec.scale_mode, spec.rounding, axis, reduced, seed, offset
+        )
+    return BlockQuantized(
+        codes,
+        scale_codes,
+        divisor if spec.block_format.per_tensor_scale else None,
+        x.shape,
+        spec,
+        axis % max(x.ndim, 1),
+        x.dtype,
+    )
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Fake quantization with the gradient of the identity (Bengio et al., arXiv 1308.3432); saves nothing."""
+    """The operator for ``torch.func`` transforms, which do not find the gradient that it has by itself."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, spec: QuantSpec, axis: int, amax: Tensor | None, seed: tuple[int, int] | None) -> Tensor:
-        return reference.fake_quantize(x, spec, axis=axis, amax=amax, seed=seed)
+    def forward(*arguments: Any) -> Tensor:
+        return torch.ops.qnoise.fake_quantize.default(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return grads[0], None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None, None, None, None, None, None
+
+
+def _in_transform(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _resolve(fmt: str | QuantSpec, scale_mode: str | None, rounding: str | None) -> QuantSpec:
@@ -163,7 +186,7 @@ def _check_amax(amax: Tensor | float | None, x: Tensor, axis: int, spec: QuantSp
     reduced = list(x.shape)
     reduced[axis] = 1
     try:
-        return tensor.expand(reduced)
+        return tensor if list(tensor.shape) == reduced else tensor.expand(reduced)
     except RuntimeError:
         raise ValueError(
             f"amax of shape {tuple(tensor.shape)} does not broadcast to {tuple(reduced)}, "

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .formats import ElementFormat, QuantSpec
 from .rounding import BIAS, MANTISSA
-from .scales import Scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +28,8 @@ class BlockQuantized:
     Attributes:
         codes: uint8, (..., blocks * block_size * element bits / 8), see the module's text for the order of
             bits.
-        scales: ``torch.float8_e8m0fnu`` or ``torch.float8_e4m3fn``, (..., blocks); NaN for a block with NaN
-            or Inf.
+        scale_codes: uint8, (..., blocks): the bytes of E8M0 or E4M3 numbers, NaN for a block with NaN or Inf.
+            :attr:`scales` shows them as numbers.
         per_tensor_scale: fp32, 0-d or (..., 1), or None for E8M0 formats. It is the **divisor** gs of the
             rule ``value = code * (scale / gs)``, as compressed-tensors stores it;
             :attr:`per_tensor_multiplier` is 1 / gs.
@@ -41,7 +40,7 @@ class BlockQuantized:
     """
 
     codes: Tensor
-    scales: Tensor
+    scale_codes: Tensor
     per_tensor_scale: Tensor | None
     shape: torch.Size
     spec: QuantSpec
@@ -54,6 +53,12 @@ class BlockQuantized:
         return self.spec.fmt
 
     @property
+    def scales(self) -> Tensor:
+        """The block scales as ``torch.float8_e8m0fnu`` or ``torch.float8_e4m3fn``, (..., blocks); a view."""
+        e4m3 = self.spec.block_format.scale == "e4m3"
+        return self.scale_codes.view(torch.float8_e4m3fn if e4m3 else torch.float8_e8m0fnu)
+
+    @property
     def per_tensor_multiplier(self) -> Tensor | None:
         """``1 / per_tensor_scale`` in fp32, the form in which some engines store it. Dequantizing with it
         can differ
@@ -63,7 +68,7 @@ class BlockQuantized:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, padding included."""
-        held = (self.codes, self.scales, self.per_tensor_scale)
+        held = (self.codes, self.scale_codes, self.per_tensor_scale)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -77,13 +82,17 @@ class BlockQuantized:
         dtype = self.dtype if dtype is None else dtype
         if not dtype.is_floating_point:
             raise TypeError(f"cannot dequantize to {dtype}; choose a floating-point dtype")
-        element, size = self.spec.block_format.element, self.spec.block_format.block_size
-        values = decode(unpack(self.codes, element.bits), element).unflatten(-1, (-1, size))
-        values = values * Scales(self.scales, self.per_tensor_scale).value().unsqueeze(-1)
-        if not self.shape:
-            return values.flatten()[0].to(dtype)
-        rows = values.flatten(-2)[..., : self.shape[self.axis]]
-        return rows.movedim(-1, self.axis).to(dtype).contiguous()
+        gs = self.per_tensor_scale
+        return torch.ops.qnoise.dequantize(
+            self.codes,
+            self.scale_codes,
+            self.codes.new_empty(0, dtype=torch.float32) if gs is None else gs,
+            self.spec.fmt,
+            self.spec.scale_mode,
+            self.shape,
+            self.axis,
+            dtype,
+        )
 
     def to(self, device: torch.device | str) -> BlockQuantized:
         """The same tensor on another device."""
@@ -91,7 +100,7 @@ class BlockQuantized:
         return replace(
             self,
             codes=self.codes.to(device),
-            scales=self.scales.to(device),
+            scale_codes=self.scale_codes.to(device),
             per_tensor_scale=None if gs is None else gs.to(device),
         )
 
@@ -124,12 +133,12 @@ def decode(codes: Tensor, element: ElementFormat) -> Tensor:
 
 
 def _values(element: ElementFormat) -> Tensor:
-    """The value of every code, in the order of the codes."""
+    """The value of every code, in the order of the codes; on the CPU, whatever the default device is."""
     if element.is_integer:
-        count = torch.arange(2**element.bits, dtype=torch.float32)
+        count = torch.arange(2**element.bits, dtype=torch.float32, device="cpu")
         half = 2 ** (element.bits - 1)
         return torch.where(count < half, count, count - 2 * half) * 2.0**-element.mantissa_bits
-    code = torch.arange(2 ** (element.bits - 1))
+    code = torch.arange(2 ** (element.bits - 1), device="cpu")
     field, mantissa = code >> element.mantissa_bits, code & (2**element.mantissa_bits - 1)
     ladder = torch.where(field > 0, mantissa + 2**element.mantissa_bits, mantissa).to(torch.float32)
     values = torch.ldexp(ladder, field.clamp(min=1) - 1 + element.emin - element.mantissa_bits)

@@ -80,10 +80,10 @@ import torch
 from torch import Tensor
 
 from .formats import QuantSpec
-from .packing import BlockQuantized, encode, pack
+from .packing import BlockQuantized, decode, encode, pack, unpack
 from .philox import uniform
 from .rounding import round_magnitude
-from .scales import Scales, divide, select_scales
+from .scales import Scales, divide, finite_amax, per_tensor_divisor, select_scales
 
 
 def fake_quantize(
@@ -109,13 +109,7 @@ def fake_quantize(
     """
     blocks = to_blocks(x, axis, spec)
     scales, rounded = _round_blocks(blocks, x, spec, axis, amax, seed)
-    values = rounded * scales.value().unsqueeze(-1)
-    if spec.block_format.element.is_integer:
-        # Two's complement has no -0, so neither has what it dequantizes to.
-        values = torch.where((blocks < 0) & (rounded > 0), -values, values)
-    else:
-        values = torch.copysign(values, blocks)
-    return _from_blocks(values, x, axis)
+    return _from_blocks(signed_values(rounded, blocks, scales.value(), spec), x.shape, axis, x.dtype)
 
 
 def quantize(
@@ -142,11 +136,29 @@ def quantize(
     )
 
 
+def dequantize(q: BlockQuantized, dtype: torch.dtype) -> Tensor:
+    """The values of packed codes and scales, computed in fp32 and cast once to ``dtype``; contiguous."""
+    block_format = q.spec.block_format
+    values = decode(unpack(q.codes, block_format.element.bits), block_format.element)
+    values = values.unflatten(-1, (values.shape[-1] // block_format.block_size, block_format.block_size))
+    values = values * Scales(q.scale_codes, q.per_tensor_scale).value().unsqueeze(-1)
+    return _from_blocks(values, q.shape, q.axis, dtype)
+
+
 def block_scales(x: Tensor, spec: QuantSpec, *, axis: int = -1, amax: Tensor | None = None) -> Tensor:
     """The fp32 scale that multiplies each element of ``x``: same shape as ``x``, equal within a block."""
     blocks = to_blocks(x, axis, spec)
-    value = select_scales(blocks, spec, _rows_of(amax, axis)).value()
-    return _from_blocks(value.unsqueeze(-1).expand(blocks.shape), x.to(torch.float32), axis)
+    value = select_scales(blocks, spec, divisor_of(x, spec, axis, amax)).value()
+    return _from_blocks(value.unsqueeze(-1).expand(blocks.shape), x.shape, axis, torch.float32)
+
+
+def divisor_of(x: Tensor, spec: QuantSpec, axis: int, amax: Tensor | None) -> Tensor | None:
+    """The divisor gs of ``x``, 0-d or (..., 1) with the reduced axis of ``amax`` last; None for E8M0."""
+    if not spec.block_format.per_tensor_scale:
+        return None
+    if amax is None:
+        amax = finite_amax(x) if spec.per_tensor_scale else x.new_zeros((), dtype=torch.float32)
+    return per_tensor_divisor(amax if amax.ndim == 0 else amax.movedim(axis, -1), spec)
 
 
 def to_blocks(x: Tensor, axis: int, spec: QuantSpec) -> Tensor:
@@ -157,32 +169,39 @@ def to_blocks(x: Tensor, axis: int, spec: QuantSpec) -> Tensor:
     return rows.unflatten(-1, (rows.shape[-1] // size, size))
 
 
-def _from_blocks(blocks: Tensor, like: Tensor, axis: int) -> Tensor:
-    if like.ndim == 0:
-        return blocks.flatten()[0].to(like.dtype)
-    rows = blocks.flatten(-2)[..., : like.shape[axis]]
-    return rows.movedim(-1, axis).to(like.dtype).contiguous()
+def _from_blocks(blocks: Tensor, shape: torch.Size, axis: int, dtype: torch.dtype) -> Tensor:
+    if not shape:
+        return blocks.flatten()[0].to(dtype)
+    rows = blocks.flatten(-2)[..., : shape[axis]]
+    return rows.movedim(-1, axis).to(dtype).contiguous()
 
 
-def _rows_of(amax: Tensor | None, axis: int) -> Tensor | None:
-    """``amax`` laid out as the blocks are: its reduced axis last."""
-    if amax is None or amax.ndim == 0:
-        return amax
-    return amax.movedim(axis, -1)
+def round_units(blocks: Tensor, scale: Tensor, spec: QuantSpec, uniform: Tensor | None) -> Tensor:
+    """Magnitudes of ``blocks`` in units of the blocks' ``scale`` (..., blocks), rounded to the element's grid."""
+    units = divide(blocks.abs(), scale.unsqueeze(-1))
+    return round_magnitude(units, spec.block_format.element, spec.rounding, uniform)
+
+
+def signed_values(rounded: Tensor, blocks: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """``rounded * scale`` in fp32 with the signs of ``blocks``."""
+    values = rounded * scale.unsqueeze(-1)
+    if spec.block_format.element.is_integer:
+        # Two's complement has no -0, so neither has what it dequantizes to.
+        return torch.where((blocks < 0) & (rounded > 0), -values, values)
+    return torch.copysign(values, blocks)
 
 
 def _round_blocks(
     blocks: Tensor, x: Tensor, spec: QuantSpec, axis: int, amax: Tensor | None, seed: tuple[int, int] | None
 ) -> tuple[Scales, Tensor]:
     """The scales of the blocks and the magnitudes in units of them, rounded to the element's grid."""
-    scales = select_scales(blocks, spec, _rows_of(amax, axis))
+    scales = select_scales(blocks, spec, divisor_of(x, spec, axis, amax))
     draws = None
     if spec.rounding == "stochastic":
         if seed is None:
             raise ValueError("rounding='stochastic' needs a (seed, offset) pair")
         draws = uniform(_linear_index(blocks, x.shape[axis] if x.ndim else 1), *seed)
-    units = divide(blocks.abs(), scales.value().unsqueeze(-1))
-    return scales, round_magnitude(units, spec.block_format.element, spec.rounding, draws)
+    return scales, round_units(blocks, scales.value(), spec, draws)
 
 
 def _linear_index(blocks: Tensor, length: int) -> Tensor:

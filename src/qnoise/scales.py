@@ -47,8 +47,8 @@ class Scales(NamedTuple):
     """The scales of a blocked tensor.
 
     Attributes:
-        codes: ``float8_e8m0fnu`` or ``float8_e4m3fn``, shape (..., blocks). NaN where a block holds NaN or
-            Inf.
+        codes: the bytes of E8M0 or E4M3 numbers, uint8 (..., blocks), NaN where a block holds NaN or Inf.
+            uint8 and not one of torch's float8 dtypes, which not every device has.
         per_tensor: the fp32 divisor gs of E4M3 scales, 0-d or (..., 1); None for E8M0.
     """
 
@@ -57,44 +57,92 @@ class Scales(NamedTuple):
 
     def value(self) -> Tensor:
         """What multiplies the elements of each block, fp32 (..., blocks): 2**s, or S / gs."""
-        codes = self.codes.to(torch.float32)
-        return codes if self.per_tensor is None else codes / self.per_tensor
+        if self.per_tensor is None:
+            return e8m0_value(self.codes)
+        return e4m3_value(self.codes) / self.per_tensor
 
 
-def select_scales(blocks: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> Scales:
+def finite_amax(x: Tensor) -> Tensor:
+    """max |x| over the finite elements, 0-d fp32; 0 if there is none."""
+    magnitude = x.abs().to(torch.float32)
+    magnitude = torch.where(torch.isfinite(magnitude), magnitude, 0.0)
+    return magnitude.amax() if magnitude.numel() else magnitude.new_zeros(())
+
+
+def per_tensor_divisor(amax: Tensor, spec: QuantSpec) -> Tensor:
+    """gs of ``spec`` from the amax that fixes it: fp32, of ``amax``'s shape; 1 where ``amax`` is 0."""
+    if spec.scale_mode == "single_level":
+        return torch.ones_like(amax)
+    top = 256.0 if spec.scale_mode == "four_over_six" else E4M3.max
+    divisor = (torch.full_like(amax, top * spec.block_format.element.max) / amax).clamp_(max=_LARGEST_DIVISOR)
+    # A negative or NaN amax is a caller's error that must show: NaN everywhere.
+    return divisor.masked_fill_(amax == 0, 1.0).masked_fill_(amax < 0, torch.nan)
+
+
+def select_scales(blocks: Tensor, spec: QuantSpec, divisor: Tensor | None = None) -> Scales:
     """Choose the scale of every block by ``spec.scale_mode``.
 
     Args:
         blocks: fp32 (..., blocks, block_size), zero-padded.
         spec: format and scale mode.
-        amax: fp32, 0-d or (..., 1): what fixes the per-tensor scale; None takes it from the finite values
-            of ``blocks``.
+        divisor: fp32 gs, 0-d or (..., 1), of a format with E4M3 scales; None for E8M0.
 
     Returns:
         The scales; those of blocks with NaN or Inf are NaN.
     """
     magnitude = blocks.abs()
     peak = magnitude.amax(-1)
-    if spec.block_format.per_tensor_scale:
-        return _e4m3_scales(magnitude, peak, spec, amax)
-    return Scales(_e8m0_scales(magnitude, peak, spec), None)
+    if divisor is None:
+        return Scales(_e8m0_codes(magnitude, peak, spec), None)
+    return Scales(_e4m3_codes(magnitude, peak, spec, divisor), divisor)
 
 
-def _e8m0_scales(magnitude: Tensor, peak: Tensor, spec: QuantSpec) -> Tensor:
+def e8m0_value(codes: Tensor) -> Tensor:
+    """fp32 values of E8M0 bytes: 2**(byte - 127), and NaN for 255."""
+    exponent = codes.to(torch.int32) - BIAS
+    return torch.where(exponent > BIAS, torch.nan, power_of_two(exponent))
+
+
+def e4m3_value(codes: Tensor) -> Tensor:
+    """fp32 values of the bytes of non-negative E4M3 numbers; the sign bit is ignored, 127 is NaN."""
+    code = codes.to(torch.int32) & 127
+    field, mantissa = code >> 3, code & 7
+    ladder = torch.where(field > 0, mantissa + 8, mantissa).to(torch.float32)
+    return torch.where(code == 127, torch.nan, ladder * power_of_two(field.clamp(min=1) - 10))
+
+
+def e4m3_code(value: Tensor) -> Tensor:
+    """uint8 codes of fp32 numbers that are non-negative E4M3 numbers, or NaN."""
+    subnormal = value < 2.0**-6
+    # With 2**-6 added, a subnormal has the exponent field 1 and its own mantissa.
+    bits = torch.where(subnormal, value + 2.0**-6, value).view(torch.int32)
+    code = (bits >> (MANTISSA - 3)) - ((BIAS - 7) << 3) - 8 * subnormal.to(torch.int32)
+    return torch.where(torch.isnan(value), 127, code).to(torch.uint8)
+
+
+def _e8m0_codes(magnitude: Tensor, peak: Tensor, spec: QuantSpec) -> Tensor:
     element, mode = spec.block_format.element, spec.scale_mode
     exponent, mantissa = split_fp32(peak)
     exponent = exponent - element.emax
-    if mode == "rceil":
-        exponent = exponent + (mantissa > _mantissa_bits(element.max / 2.0**element.emax))
-    elif mode == "ceil":
-        exponent = exponent + (mantissa > 0)
-    elif mode == "even":
-        exponent = exponent + (mantissa >= _mantissa_bits(2 - 2.0 ** -(element.mantissa_bits + 1)))
+    if mode in ("rceil", "ceil", "even"):
+        exponent = exponent + (mantissa + e8m0_carry(spec) >> MANTISSA)
     exponent = exponent.clamp(-BIAS, BIAS)
     if mode == "mse":
         exponent = _least_error_exponent(magnitude, exponent, element)
-    byte = torch.where(torch.isfinite(peak), exponent + BIAS, 255)
-    return byte.to(torch.uint8).view(torch.float8_e8m0fnu)
+    return torch.where(torch.isfinite(peak), exponent + BIAS, 255).to(torch.uint8)
+
+
+def e8m0_carry(spec: QuantSpec) -> int:
+    """What, added to the fp32 mantissa bits of a block's amax, overflows into the exponent where the mode of ``spec``
+    takes the next power of two."""
+    element, mode = spec.block_format.element, spec.scale_mode
+    if mode == "rceil":
+        return (1 << MANTISSA) - 1 - _mantissa_bits(element.max / 2.0**element.emax)
+    if mode == "ceil":
+        return (1 << MANTISSA) - 1
+    if mode == "even":
+        return (1 << MANTISSA) - _mantissa_bits(2 - 2.0 ** -(element.mantissa_bits + 1))
+    return 0
 
 
 def _mantissa_bits(m: float) -> int:
@@ -115,9 +163,8 @@ def _least_error_exponent(magnitude: Tensor, floor: Tensor, element: ElementForm
     return torch.where(magnitude.amax(-1) > 0, chosen, floor)
 
 
-def _e4m3_scales(magnitude: Tensor, peak: Tensor, spec: QuantSpec, amax: Tensor | None) -> Scales:
+def _e4m3_codes(magnitude: Tensor, peak: Tensor, spec: QuantSpec, divisor: Tensor) -> Tensor:
     element, mode = spec.block_format.element, spec.scale_mode
-    divisor = _per_tensor_divisor(magnitude, element, mode, amax)
     # Divisor and dividend are tensors throughout: torch turns a Python number in a division into a multiplication
     # by its reciprocal (number / tensor always, tensor / number on CUDA), which is rounded twice.
     target = peak / torch.full_like(peak, element.max) * divisor
@@ -126,27 +173,10 @@ def _e4m3_scales(magnitude: Tensor, peak: Tensor, spec: QuantSpec, amax: Tensor 
         candidates = [round_magnitude(target * 1.5, E4M3), scale]
         scale = _least_error_scale(magnitude, candidates, divisor, element)
     elif mode == "mse":
-        code = scale.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
-        candidates = [_e4m3_of_code((code + step).clamp(1, 126)) for step in range(8, -9, -1)]
+        code = e4m3_code(scale).to(torch.int32)
+        candidates = [e4m3_value((code + step).clamp(1, 126)) for step in range(8, -9, -1)]
         scale = torch.where(peak > 0, _least_error_scale(magnitude, candidates, divisor, element), scale)
-    scale = torch.where(torch.isfinite(peak), scale, torch.nan)
-    return Scales(scale.to(torch.float8_e4m3fn), divisor)
-
-
-def _per_tensor_divisor(magnitude: Tensor, element: ElementFormat, mode: str | None, amax: Tensor | None) -> Tensor:
-    if mode == "single_level":
-        return torch.ones((), dtype=torch.float32, device=magnitude.device)
-    if amax is None:
-        finite = torch.where(torch.isfinite(magnitude), magnitude, 0.0)
-        amax = finite.amax() if finite.numel() else finite.new_zeros(())
-    top = 256.0 if mode == "four_over_six" else E4M3.max
-    divisor = (torch.full_like(amax, top * element.max) / amax).clamp(max=_LARGEST_DIVISOR)
-    # A negative or NaN amax is a caller's error that must show: NaN everywhere.
-    return torch.where(amax > 0, divisor, torch.where(amax == 0, 1.0, torch.nan))
-
-
-def _e4m3_of_code(code: Tensor) -> Tensor:
-    return code.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    return e4m3_code(torch.where(torch.isfinite(peak), scale, torch.nan))
 
 
 def _least_error_scale(magnitude: Tensor, candidates: list[Tensor], divisor: Tensor, element: ElementFormat) -> Tensor:
