@@ -36,8 +36,8 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## microbenchmarks against torch's own copy
-	$(BIN)/python -m benchmarks.fake_quantize $(ARGS)
+bench: $(STAMP)  ## microbenchmarks, with other libraries beside ours where they are installed (ARGS=--quick: a minute)
+	$(BIN)/python -m benchmarks run $(ARGS)
 
 notebooks: $(STAMP)  ## run the notebooks, with the checks in their cells
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 notebooks
@@ -45,8 +45,8 @@ notebooks: $(STAMP)  ## run the notebooks, with the checks in their cells
 notebooks-write: $(STAMP)  ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/write.py
 
-results: $(STAMP)  ## render the tables of the README from benchmarks/results
-	$(BIN)/python -m benchmarks.render $(ARGS)
+results: $(STAMP)  ## render the tables of README.md and docs/ from benchmarks/results (ARGS=--check: only compare)
+	$(BIN)/python -m benchmarks results $(ARGS)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

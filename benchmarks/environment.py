@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -13,19 +15,60 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "tokenizers")
+PEERS = ("triton", "torchao", "compressed-tensors", "trl", "verl", "liger-kernel")
+COMPILERS = ("cc", "gcc", "clang")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of everything that may change a number."""
     import qnoise
 
-    found = {"python": platform.python_version(), "qnoise": qnoise.__version__}
-    for package in PACKAGES:
+    return {"python": platform.python_version(), "qnoise": qnoise.__version__} | _versions(PACKAGES)
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def machine() -> dict[str, Any]:
+    """What else may change a time: peers, compilers, cores, the instruction set torch uses, and which of our own
+    backends is active."""
+    from qnoise import ops
+
+    return {
+        "peers": _versions(PEERS) | {"microxcaling": _source_version("mx")},
+        "compilers": {name: _compiler(name) for name in COMPILERS},
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "backend": ops.backend("cpu"),
+    }
+
+
+def _source_version(module: str) -> str:
+    """The commit of a package that is used from its source tree, having no release."""
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        return "not installed"
+    try:
+        return _git("rev-parse", "HEAD", folder=Path(found.origin).parent)[:12]
+    except (OSError, subprocess.SubprocessError):
+        return "(a source tree without its commit)"
+
+
+def _compiler(name: str) -> str:
+    """First line of what the compiler says about itself."""
+    try:
+        done = subprocess.run([name, "--version"], capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "not installed"
+    return done.stdout.partition("\n")[0]
 
 
 def device() -> str:
@@ -50,8 +93,8 @@ def git_commit() -> str:
     return commit + ("+changes" if changes else "")
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+def _git(*arguments: str, folder: Path = ROOT) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=20)
     return done.stdout.strip()
 
 

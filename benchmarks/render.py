@@ -1,19 +1,23 @@
-"""Render the generated parts of README.md from committed results: `python -m benchmarks.render [--check]`.
+"""Render the generated parts of README.md and docs/ from committed results: `python -m benchmarks results [--check]`.
 
-A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. With --check nothing is written, and
-the exit status is 1 if the file differs from what would be.
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; what was not measured says so. With
+--check nothing is written, and the exit status is 1 if a file differs from what would be.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import qnoise
-from benchmarks.files import RESULTS, read_json, read_jsonl, write_text
+from benchmarks.files import RESULTS, read_json, write_text
+from benchmarks.micro import tables
+from benchmarks.micro.goals import GOALS
+from benchmarks.micro.tables import Line
 from benchmarks.recovery import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,29 +92,188 @@ def demo() -> str:
     return "\n\n".join([*parts, "\n".join(notes)])
 
 
+def not_measured(benchmark: str) -> str:
+    return f"Not measured yet (`python -m benchmarks run {benchmark}`)."
+
+
 def speed() -> str:
-    rows = read_jsonl(RESULTS / "fake_quantize.jsonl")
-    latest = {(row["fmt"], row["dtype"]): row for row in rows}
-    names = list(dict.fromkeys(row["fmt"] for row in rows))
-    cells = []
-    for name in names:
-        line = [f"`{name}`"]
-        for dtype in ("bfloat16", "float32"):
-            row = latest[name, dtype]
-            low, high = row["times_copy_quartiles"]
-            line.append(f"{row['times_copy']:.0f}x ({low:.0f} to {high:.0f})")
-        cells.append(line)
-    last = rows[-1]
+    """The README's table: the defaults of every format, in units of a copy."""
+    return _pivot(["qnoise, out=", "qnoise eager, out="])
+
+
+def _pivot(names: Sequence[str], wanted: Callable[[Line], bool] = lambda line: _is_default(line)) -> str:
+    """Fake quantization with a row for each spec, and a column for each dtype and contender."""
+    lines = [line for line in tables.latest("fake_quantize") if wanted(line)]
+    if not lines:
+        return not_measured("fake_quantize")
+    dtypes = list(dict.fromkeys(line["parameters"]["dtype"] for line in lines))
+    specs: dict[tuple[str, ...], dict[str, Line]] = {}
+    for line in lines:
+        key = tuple(line["parameters"][name] for name in ("fmt", "scale_mode", "rounding"))
+        specs.setdefault(key, {})[line["parameters"]["dtype"]] = line
+    varying = [index for index in range(3) if len({key[index] for key in specs}) > 1]
+    rows = [
+        [f"`{key[index]}`" for index in varying]
+        + [
+            tables.times(tables.row(found[dtype], name)) if dtype in found else "–"
+            for dtype in dtypes
+            for name in names
+        ]
+        for key, found in specs.items()
+    ]
+    header = [("format", "scale mode", "rounding")[index] for index in varying]
+    header += [f"{dtype}: {name}" for dtype in dtypes for name in names]
+    shape = tables.plain(lines[0]["parameters"]["shape"])
     note = (
-        f"Time of `fake_quantize` in units of a copy of the same {last['size']} x {last['size']} tensor, one CPU "
-        f"thread, median and quartiles over {last['rounds']} rounds in one run ({provenance(last, seeds=False)}). This "
-        "is the plain PyTorch reference, which puts being right first and makes whole-tensor temporaries. Not "
-        "measured: any GPU."
+        f"Time in units of `Tensor.copy_` of the same {shape} tensor in the same round, one CPU thread: median and its "
+        f"95 % interval ({tables.where(lines)})."
     )
-    return table(["format", "bf16", "fp32"], cells) + "\n\n" + note
+    return table(header, rows) + "\n\n" + note
 
 
-PARTS = {"formats": formats, "demo": demo, "speed": speed}
+def _is_default(line: Line) -> bool:
+    parameters = line["parameters"]
+    return bool(parameters["scale_mode"] == _default_mode(parameters["fmt"]) and parameters["rounding"] == "nearest")
+
+
+def modes() -> str:
+    """The other scale modes and roundings."""
+    return _pivot(["qnoise, out=", "qnoise eager, out="], lambda line: not _is_default(line))
+
+
+def peers() -> str:
+    """The cases in which other libraries stand beside us, with all contenders."""
+    lines = [line for line in tables.latest("fake_quantize") if any(_is_peer(row) for row in line["rows"])]
+    text = _grid(lines, "fake_quantize", lambda row: f"{tables.milliseconds(row)} ms, {tables.times(row)}")
+    if not lines:
+        return text
+    versions = dict.fromkeys(
+        f"{name} {version}"
+        for line in lines
+        for name, version in line["environment"]["peers"].items()
+        if tables.row(line, name) is not None
+    )
+    return f"{text}\n\nMilliseconds, and times `copy_` of the same round. {', '.join(versions)}."
+
+
+def _is_peer(row: Line) -> bool:
+    return row["contender"] in ("torchao", "compressed-tensors", "microxcaling")
+
+
+def _grid(lines: Sequence[Line], benchmark: str, cell: Callable[[Line], str]) -> str:
+    if not lines:
+        return not_measured(benchmark)
+    header, rows, notes = tables.grid(lines, cell)
+    same = tables.constants(lines)
+    below = [*notes, (f"{same}; " if same else "") + tables.where(lines) + "."]
+    return table(header, rows) + "\n\n" + "\n\n".join(below)
+
+
+def threads() -> str:
+    """Milliseconds with one thread and with two."""
+    return _grid(tables.latest("fake_quantize_threads"), "fake_quantize", lambda row: f"{tables.milliseconds(row)} ms")
+
+
+def memory() -> str:
+    """Peak memory in multiples of the output."""
+    return _grid(tables.latest("fake_quantize_memory"), "fake_quantize", lambda row: f"{row['peak_per_unit']:.2f}")
+
+
+def operation(name: str, benchmark: str) -> str:
+    """Every case of an operation."""
+    return _cases(tables.latest(name), benchmark)
+
+
+def _cases(lines: Sequence[Line], benchmark: str) -> str:
+    if not lines:
+        return not_measured(benchmark)
+    same = tables.constants(lines)
+    return table(*tables.cases(lines)) + "\n\n" + (f"{same}; " if same else "") + tables.where(lines) + "."
+
+
+def goals() -> str:
+    return table(*tables.goals(GOALS))
+
+
+ALU_GOALS = {
+    "fake_quantize mxfp4 bf16": 9,
+    "fake_quantize nvfp4 bf16": 10,
+    "pack mxfp4 bf16": 10,
+    "pack nvfp4 bf16": 10,
+}
+"""Instructions of the integer, logic and compare pipe per element on sm_90, at most."""
+
+
+def artefacts() -> str:
+    """Instructions per element of the Triton kernels, counted in what the compiler made."""
+    path = RESULTS / "kernel_artefacts.json"
+    if not path.is_file():
+        return "Not recorded yet (`python -m benchmarks.kernel_artefacts`)."
+    result = read_json(path)
+    found = {(row["kernel"], row["target"]): row for row in result["rows"]}
+    targets = list(dict.fromkeys(row["target"] for row in result["rows"]))
+    rows = []
+    for kernel in dict.fromkeys(row["kernel"] for row in result["rows"]):
+        if sum((kernel, target) in found for target in targets) < 2:
+            continue  # compiled for one target only, to compare formats, modes and dtypes: left to the file
+        limit = ALU_GOALS.get(kernel)
+        judged = "–"
+        if limit is not None:
+            alu = found[kernel, "sm_90"]["alu_per_element"]
+            judged = f"at most {limit}: {'met' if alu <= limit else '**missed**'}"
+        rows.append([f"`{kernel}`", *(_instructions(found.get((kernel, target))) for target in targets), judged])
+    note = (
+        "Instructions per element, in brackets those of the integer, logic and compare pipe; registers of a thread; "
+        f"benchmarks/results/{path.name} has the other formats, modes and dtypes "
+        f"(triton {result['triton']}; {provenance(result, seeds=False)})."
+    )
+    return table(["kernel", *targets, "goal (sm_90)"], rows) + "\n\n" + note
+
+
+def _instructions(row: Line | None) -> str:
+    if row is None:
+        return "–"
+    if "instructions_per_element" not in row:
+        return f"{row['registers']} registers"
+    counts = f"{row['instructions_per_element']:.1f} ({row['alu_per_element']:.1f})"
+    return f"{counts}, {row['registers']} registers"
+
+
+def rl() -> str:
+    """Log-probabilities: time, memory; and the loss."""
+    return "\n\n".join(
+        f"**{title}**\n\n{operation(name, benchmark)}"
+        for title, name, benchmark in (
+            ("Log-probabilities, forward and backward", "rl_log_probs", "rl_log_probs"),
+            ("Their memory, in bytes per logit at the peak", "rl_log_probs_memory", "rl_log_probs"),
+            ("DAPO loss, forward and backward with its metrics", "rl_dapo_loss", "rl_dapo_loss"),
+        )
+    )
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "formats": formats,
+    "demo": demo,
+    "speed": speed,
+    "modes": modes,
+    "peers": peers,
+    "threads": threads,
+    "memory": memory,
+    "quantize": partial(operation, "quantize", "pack"),
+    "dequantize": partial(operation, "dequantize", "pack"),
+    "norm": partial(operation, "norm", "norm"),
+    "linear": partial(operation, "linear", "modules"),
+    "model": partial(operation, "model", "modules"),
+    "patching": partial(operation, "patching", "modules"),
+    "rl": rl,
+    "artefacts": artefacts,
+    "goals": goals,
+}
+
+
+def documents() -> list[Path]:
+    """The files that may hold generated parts."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def render(text: str) -> str:
@@ -131,21 +294,22 @@ def render(text: str) -> str:
     return re.sub(r"<!-- generated: (\S+) -->.*?<!-- end -->", part, text, flags=re.DOTALL)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    rendered = render(text)
-    if rendered == text:
-        print(f"{path.name}: up to date")
-    elif arguments.check:
-        sys.exit(f"{path.name} differs from the committed results; run `make results` and commit it")
-    else:
-        write_text(path, rendered)
-        print(f"{path.name}: rendered")
-
-
-if __name__ == "__main__":
-    main()
+def results(paths: Sequence[Path], check: bool) -> int:
+    """Render the files, or with `check` only compare them. Returns 1 if `check` finds a difference, else 0."""
+    differing = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        rendered = render(text)
+        if rendered == text:
+            print(f"{path.name}: up to date")
+        elif check:
+            differing.append(path.name)
+        else:
+            write_text(path, rendered)
+            print(f"{path.name}: rendered")
+    if differing:
+        print(
+            f"error: {', '.join(differing)}: not what the committed results give; run `make results` and commit it",
+            file=sys.stderr,
+        )
+    return int(bool(differing))
