@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "qnoise"
 FLOORS: dict[str, int] = {
     "formats": 0, "schedules": 0, "names": 0, "spelling": 0,
     "philox": 1, "rounding": 1, "scales": 1, "packing": 1, "reference": 1, "metrics": 1, "noise": 1,
-    "functional": 2,
+    "kernels": 2, "ops": 2, "functional": 2,
     "nn": 3,
     "config": 4, "targets": 4, "patch": 4, "summary": 4,
     "noise_control": 5, "rl": 5,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qnoise
 from qnoise.nn import FakeQuantLinear, weight_cache
@@ -155,6 +156,16 @@ def test_never_a_stale_weight(write, first, fmt, x) -> None:
     assert not torch.equal(linear.effective_weight(), stale)
 
 
+def test_never_a_stale_layout() -> None:
+    """The same memory read in another order, and as another dtype."""
+    linear = FakeQuantLinear(64, 64, dtype=torch.bfloat16, storage="cached").requires_grad_(False)
+    linear.effective_weight()
+    for change in (torch.t, lambda w: w.view(torch.float16)):
+        weight = linear._parameters["weight"]
+        weight.data = change(weight.data)
+        assert torch.equal(linear.effective_weight(), q(linear))
+
+
 def test_to_and_deepcopy_and_pickle(x) -> None:
     linear = make(storage="cached")
     linear(x)
@@ -294,25 +305,70 @@ def test_repr_and_state_dict_are_readable() -> None:
     assert list(linear.state_dict()) == ["weight", "bias"]
 
 
+class Count(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(module: nn.Module, x: torch.Tensor) -> list[str]:
+    with Count() as count:
+        module(x)
+    return count.operations
+
+
 def test_a_frozen_cached_layer_runs_the_operations_of_nn_linear(x) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.operations: list[str] = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.operations.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     linear = make("nvfp4")
     linear.requires_grad_(False)
-    stock = linear.to_linear()
     linear(x)
-    counts = []
-    for module in (linear, stock):
-        with Count() as count:
-            module(x)
-        counts.append(count.operations)
-    assert counts[0] == counts[1]
+    assert operations(linear, x) == operations(linear.to_linear(), x)
+
+
+@pytest.mark.parametrize("fmt", FMTS)
+def test_a_dynamic_layer_runs_one_operation_more(fmt, x) -> None:
+    linear = make(fmt, storage="dynamic")
+    extra = operations(linear, x)
+    for name in operations(linear.to_linear(), x):
+        extra.remove(name)
+    assert extra == ["qnoise.fake_quantize.default"]
+
+
+def test_siblings_find_their_amax_once_for_each_change(x, monkeypatch) -> None:
+    """Three trained siblings under one scale, quantized in every forward: three reductions a step, not nine."""
+    calls = []
+    real = qnoise.nn.linear.weight_amax
+    monkeypatch.setattr("qnoise.nn.linear.weight_amax", lambda w: calls.append(w) or real(w))
+    group = tuple(make("nvfp4", storage="dynamic") for _ in range(3))
+    for linear in group:
+        linear._qnoise.scale_group = group
+    for step in (1, 2):
+        for linear in group:
+            linear(x)
+        assert len(calls) == 3 * step
+        for linear in group:
+            _in_place(linear)
+
+
+def test_meta(x) -> None:
+    """Shapes without memory, in every storage."""
+    for storage in ("auto", "dynamic", "cached", "packed"):
+        stock = nn.Linear(90, 48, device="meta").requires_grad_(False)
+        linear = FakeQuantLinear.from_linear(stock, "nvfp4", "mxfp8_e4m3", storage=storage)
+        y = linear(torch.empty(3, 90, device="meta", requires_grad=True))
+        assert (y.shape, y.device.type, y.requires_grad) == ((3, 48), "meta", True)
+        y.sum().backward()
+        assert linear.effective_weight().device.type == "meta"
+
+
+def test_a_meta_model_with_noise() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 32))
+    qnoise.patch_model(model, noise="rmsnorm")
+    qnoise.NoiseScheduler(model, qnoise.schedules.Constant(0.1), 2).step()
+    assert model(torch.empty(3, 64, device="meta")).shape == (3, 32)

@@ -58,7 +58,7 @@ class PatchConfig:
         noise: None, "rmsnorm", "linear" or a `NoiseConfig`.
         include, exclude: globs on canonical names; which linears are quantized.
         layers: indices of the layers whose linears are quantized.
-        storage: see `FakeQuantLinear`.
+        storage: see `FakeQuantLinear`. "packed" lets go of the weights and needs them frozen.
         share_scales: give the linears that serving engines fuse (q/k/v, gate/up) one per-tensor scale, from their joint
             amax. Concerns formats with a per-tensor scale only.
         act_amax: for an `act_fmt` with a per-tensor scale: the magnitude that fixes it, a number or a mapping of globs
@@ -91,6 +91,14 @@ class PatchConfig:
         _normalise_filters(self)
         if not self.plan and self.act_fmt is None and self.noise is None:
             raise ValueError("fmt, act_fmt and noise are all None: there is nothing to patch")
+        if self.storage == "packed":
+            if not self.plan:
+                raise ValueError("storage='packed' stores quantized weights, but fmt is None; give fmt a format")
+            if self.noise_config is not None and self.noise_config.target == "linear":
+                raise ValueError(
+                    "noise on linear weights is relative to the full-precision weight, which storage='packed' does not "
+                    "keep; use another storage, or noise='rmsnorm'"
+                )
 
     @property
     def noise_config(self) -> NoiseConfig | None:

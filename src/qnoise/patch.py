@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from qnoise.config import NoiseConfig, PatchConfig, differences
 from qnoise.formats import QuantSpec
 from qnoise.nn import weight_cache
-from qnoise.nn.linear import FakeQuantLinear, LinearRecord, weight_amax
+from qnoise.nn.linear import FakeQuantLinear, LinearRecord, kept_amax, weight_amax
 from qnoise.nn.norm import noisy_class
+from qnoise.nn.packed import PackedLinear, convert_packed, pack, restore_packed
 from qnoise.nn.patched import PHASES, Patched, PatchRecord, check_forward, convert, restore
+from qnoise.packing import BlockQuantized
 from qnoise.spelling import check_choice, nearest
 from qnoise.targets import CONVERTIBLE_LINEARS, Decision, decide, unmatched_patterns
 
@@ -67,7 +69,8 @@ def patch_model(
     Raises:
         ValueError: unknown format, storage, phase or noise target; a pattern or layer that matches nothing; nothing to
             convert; noise asked of a model without RMSNorms; a module whose forward another patcher replaced; a model
-            patched with another config; a sharded weight. The model is then as it was.
+            patched with another config; a sharded weight; storage="packed" of a weight that needs gradient, is shared
+            with another module or is offloaded. The model is then as it was.
         TypeError: `model` is not a module, or an argument is of the wrong type.
     """
     if not isinstance(model, nn.Module):
@@ -93,15 +96,27 @@ def patch_model(
     return model
 
 
-def unpatch_model(model: Model) -> Model:
+def unpatch_model(model: Model, dequantize: bool = False) -> Model:
     """Restore the stock classes. Parameters were never written to, so logits are the stock ones, bit for bit.
 
     A model that is not patched is returned as it is.
+
+    Args:
+        model: a patched model.
+        dequantize: with storage="packed" the weights before quantization are gone. True: restore stock linears that
+            hold Q(W), frozen, as `bake` does.
+
+    Raises:
+        ValueError: there are packed linears and `dequantize` is false. The model is then as it was.
     """
+    if not dequantize:
+        _refuse_packed(model, "unpatch_model(model, dequantize=True) restores stock linears that hold Q(W)")
     for module in model.modules():
         if isinstance(module, FakeQuantLinear):
             _forget(module)
-        if isinstance(module, Patched):
+        if isinstance(module, PackedLinear):
+            restore_packed(module)
+        elif isinstance(module, Patched):
             restore(module)
         module.__dict__.pop("_qnoise_config", None)
     return model
@@ -116,7 +131,12 @@ def bake(model: Model) -> Model:
     Raises:
         ValueError: a quantized weight is shared with a module that is not quantized (a tied embedding).
     """
-    quantized = [m for m in model.modules() if isinstance(m, FakeQuantLinear) and m._qnoise.weight_spec is not None]
+    # Packed linears hold nothing but Q(W): unpatching writes it out.
+    quantized = [
+        m
+        for m in model.modules()
+        if isinstance(m, FakeQuantLinear) and m._qnoise.weight_spec is not None and not isinstance(m, PackedLinear)
+    ]
     tied = {id(m._parameters["weight"]) for m in quantized}
     for name, module in model.named_modules():
         if not isinstance(module, FakeQuantLinear):
@@ -132,7 +152,7 @@ def bake(model: Model) -> Model:
         parameter = module._parameters["weight"]
         if parameter is not None:
             parameter.copy_(weight)
-    return unpatch_model(model)
+    return unpatch_model(model, dequantize=True)
 
 
 def refresh(model: nn.Module) -> None:
@@ -172,7 +192,12 @@ def state(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """The stock model for a while: no quantization, no noise."""
+    """The stock model for a while: no quantization, no noise.
+
+    Raises:
+        ValueError: storage="packed" has let go of the full-precision weights.
+    """
+    _refuse_packed(model, "keep a stock model beside it, or patch with another storage")
     with _switched(model, "full_precision", True):
         yield
 
@@ -225,6 +250,8 @@ def _check(model: nn.Module, config: PatchConfig, decisions: list[Decision]) -> 
             f"noise on {noise.target!r} was asked for, but no such module of {type(model).__name__} qualifies "
             f"(its norms: {', '.join(kinds)}). noise='linear' puts it on the linear weights; noise=None leaves it out."
         )
+    if config.storage == "packed":
+        _check_packable(model, [d for d in converted if not isinstance(d.module, Patched)])
     for d in converted:
         if not isinstance(d.module, Patched):
             check_forward(d.module, d.name)
@@ -234,6 +261,23 @@ def _check(model: nn.Module, config: PatchConfig, decisions: list[Decision]) -> 
                     f"{d.name}.{key} is sharded already (DTensor). Patch first, then shard: patch_model -> PEFT -> "
                     "fully_shard. Tensor parallelism is not supported."
                 )
+
+
+def _check_packable(model: nn.Module, converted: list[Decision]) -> None:
+    """Packing one of the holders of a tied parameter would untie it."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
+    for d in converted:
+        weight = d.module._parameters.get("weight")
+        shared = holders.get(id(weight), []) if weight is not None and d.kind == "linear" else []
+        if len(shared) > 1:
+            raise ValueError(
+                f"{' and '.join(shared)} are one parameter, and storage='packed' would untie them. Leave "
+                f"{d.name} out with exclude=, or use storage='cached'."
+            )
 
 
 def _nearest(value: str, decisions: list[Decision]) -> str:
@@ -248,17 +292,45 @@ def _existing(decisions: list[Decision]) -> str:
 
 
 def _apply(decisions: list[Decision], config: PatchConfig) -> None:
-    done: list[nn.Module] = []
+    todo = [d for d in decisions if not d.reason and not isinstance(d.module, Patched)]
+    groups = _fused_groups(decisions) if config.share_scales else []
+    # What may fail is done before the first module is touched. It takes the memory of the codes beside the weights.
+    packed = _pack(todo, groups) if config.storage == "packed" else {}
+    done: list[tuple[nn.Module, nn.Parameter | None]] = []
     try:
-        for d in decisions:
-            if not d.reason and not isinstance(d.module, Patched):
-                convert(d.module, *_conversion(d, config))
-                done.append(d.module)
-        _share_scales(decisions, config)
+        for d in todo:
+            weight = d.module._parameters.get("weight")
+            patched_class, record = _conversion(d, config)
+            if d.module in packed:
+                convert_packed(d.module, cast(LinearRecord, record), packed[d.module])
+            else:
+                convert(d.module, patched_class, record)
+            done.append((d.module, weight))
+        _share_scales(groups)
     except BaseException:
-        for module in done:
-            restore(module)
+        for module, weight in done:
+            if isinstance(module, PackedLinear):
+                restore_packed(module, weight)
+            else:
+                restore(module)
         raise
+
+
+def _pack(todo: list[Decision], groups: list[list[nn.Module]]) -> dict[nn.Module, BlockQuantized]:
+    """Codes and scales of every linear that is to be packed, siblings under their joint amax."""
+    linears = {d.module: d for d in todo if d.kind == "linear"}
+    amaxes: dict[nn.Module, Tensor] = {}
+    for group in groups:
+        # A sibling that is packed already keeps the scale it has.
+        weights = [module._parameters.get("weight") for module in group if module in linears]
+        peaks = [weight_amax(weight) for weight in weights if weight is not None]
+        for module in group:
+            if module in linears and peaks:
+                amaxes[module] = torch.stack([peak.to(peaks[0].device) for peak in peaks]).amax()
+    return {
+        module: pack(cast(nn.Linear, module), d.weight_spec, amaxes.get(module), d.name)
+        for module, d in linears.items()
+    }
 
 
 def _conversion(d: Decision, config: PatchConfig) -> tuple[type[nn.Module], PatchRecord]:
@@ -277,24 +349,28 @@ def _conversion(d: Decision, config: PatchConfig) -> tuple[type[nn.Module], Patc
     return CONVERTIBLE_LINEARS[stock], record
 
 
-def _share_scales(decisions: list[Decision], config: PatchConfig) -> None:
-    """Tell the siblings of each fused group of each other, and note their amax while the weights are at hand."""
-    if not config.share_scales:
-        return
-    groups: dict[Any, list[FakeQuantLinear]] = {}
+def _fused_groups(decisions: list[Decision]) -> list[list[nn.Module]]:
+    """The linears that share a per-tensor scale: siblings that engines fuse, of one format that has such a scale."""
+    groups: dict[Any, list[nn.Module]] = {}
     for d in decisions:
         spec = d.weight_spec
-        if spec is None or not spec.per_tensor_scale or not isinstance(d.module, FakeQuantLinear):
+        if d.reason or spec is None or not spec.per_tensor_scale:
             continue
         parent, _, leaf = d.name.rpartition(".")
         for siblings in _SIBLINGS:
             if leaf in siblings:
                 groups.setdefault((parent, siblings, spec), []).append(d.module)
-    for group in groups.values():
-        for module in group if len(group) > 1 else ():
-            module._qnoise.scale_group = tuple(group)
-            weight = _materialised(module)
-            module._qnoise.patched_amax = None if weight is None else weight_amax(weight)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _share_scales(groups: list[list[nn.Module]]) -> None:
+    """Tell the siblings of each fused group of each other, and note their amax while the weights are at hand."""
+    for group in groups:
+        for module in group:
+            if isinstance(module, FakeQuantLinear):
+                module._qnoise.scale_group = tuple(cast(list[FakeQuantLinear], group))
+                weight = None if isinstance(module, PackedLinear) else _materialised(module)
+                module._qnoise.patched_amax = None if weight is None else kept_amax(weight)
 
 
 def _materialised(module: nn.Module) -> Tensor | None:
@@ -308,6 +384,15 @@ def _materialised(module: nn.Module) -> Tensor | None:
         if weights is not None and "weight" in weights:
             return torch.as_tensor(weights["weight"])
     return None
+
+
+def _refuse_packed(model: nn.Module, cure: str) -> None:
+    packed = [m._qnoise.name for m in model.modules() if isinstance(m, PackedLinear)]
+    if packed:
+        raise ValueError(
+            f"{len(packed)} linears are packed ({', '.join(packed[:3])}{', ...' if len(packed) > 3 else ''}): their "
+            f"full-precision weights are gone; {cure}"
+        )
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from qnoise.formats import QuantSpec
 from qnoise.nn import weight_cache
 from qnoise.nn.linear import FakeQuantLinear
+from qnoise.nn.packed import PackedLinear
 from qnoise.nn.patched import Patched
 from qnoise.patch import patch_config
 from qnoise.targets import decide
@@ -33,9 +35,10 @@ class PatchSummary:
         patched: canonical name -> what the module is now.
         skipped: canonical name -> why it is left alone.
         bits_per_weight: mean over the quantized weights, scales included; None if none is quantized.
-        nbytes: bytes of all parameters (before), and with the kept Q(W) beside them (after).
+        nbytes: bytes of all parameters as they were (before), and now (after): with the kept Q(W) beside them, or with
+            packed weights in their place.
         nbytes_deployed: what the quantized weights would take in their formats, and the rest as it is.
-        trainable, parameters: number of trainable and of all parameters.
+        trainable, parameters: number of trainable and of all parameters, packed weights included.
         preset: the field's name for this scheme (compressed-tensors, vLLM), or None if it has none.
     """
 
@@ -59,7 +62,10 @@ class PatchSummary:
             scheme = f" ({self.preset})" if self.preset else ""
             lines.append(f"  bits per quantized weight: {self.bits_per_weight:.4g}{scheme}")
         before, after = self.nbytes
-        more = "" if after == before else f", {after / before:.2f}x: quantized weights are kept beside the weights"
+        why = (
+            "quantized weights are kept beside the weights" if after > before else "packed weights replace the weights"
+        )
+        more = "" if after == before else f", {after / before:.2f}x: {why}"
         lines.append(f"  memory of the parameters: {_size(before)} before, {_size(after)} now{more}")
         lines.append(f"  stored in these formats they would take {_size(self.nbytes_deployed)}")
         share = 100 * self.trainable / max(1, self.parameters)
@@ -85,24 +91,34 @@ def summary(model: nn.Module) -> PatchSummary:
             patched[d.name] = _describe(d.module)
         else:
             skipped[d.name] = d.reason or "added after patching; patch_model with the same config converts it"
-    quantized = {}
+    quantized: dict[int, tuple[int, int, QuantSpec]] = {}
+    packed_before = packed_after = packed_count = 0
     for module in model.modules():
-        if isinstance(module, FakeQuantLinear) and module._qnoise.weight_spec is not None:
-            weight = module._parameters["weight"]
-            if weight is not None:
-                quantized[id(weight)] = (weight, module._qnoise.weight_spec)
+        if not isinstance(module, FakeQuantLinear) or module._qnoise.weight_spec is None:
+            continue
+        if isinstance(module, PackedLinear):
+            weight = module.quantized_weight
+            dense = weight.shape.numel() * weight.dtype.itemsize
+            quantized[id(module)] = (weight.shape.numel(), dense, weight.spec)
+            packed_before += dense
+            packed_after += weight.nbytes
+            packed_count += weight.shape.numel()
+        elif (parameter := module._parameters["weight"]) is not None:
+            quantized[id(parameter)] = (parameter.numel(), parameter.nbytes, module._qnoise.weight_spec)
     parameters = {id(p): p for p in model.parameters()}
-    before = sum(p.nbytes for p in parameters.values())
-    bits = sum(w.numel() * spec.block_format.bits_per_element for w, spec in quantized.values())
-    weights = sum(w.numel() for w, _ in quantized.values())
+    held = sum(p.nbytes for p in parameters.values())
+    kept = sum(weight_cache.cached_nbytes(p) for p in parameters.values())
+    before = held + packed_before
+    bits = sum(count * spec.block_format.bits_per_element for count, _, spec in quantized.values())
+    weights = sum(count for count, _, _ in quantized.values())
     return PatchSummary(
         patched=patched,
         skipped=skipped,
         bits_per_weight=bits / weights if weights else None,
-        nbytes=(before, before + sum(weight_cache.cached_nbytes(p) for p in parameters.values())),
-        nbytes_deployed=before - sum(w.nbytes for w, _ in quantized.values()) + round(bits / 8),
+        nbytes=(before, held + kept + packed_after),
+        nbytes_deployed=before - sum(dense for _, dense, _ in quantized.values()) + round(bits / 8),
         trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
-        parameters=sum(p.numel() for p in parameters.values()),
+        parameters=sum(p.numel() for p in parameters.values()) + packed_count,
         preset=_preset(model),
         kinds=kinds,
     )
@@ -114,6 +130,8 @@ def _describe(module: Patched) -> str:
     if isinstance(module, FakeQuantLinear):
         linear = module._qnoise
         parts.append(str(linear.weight_spec) if linear.weight_spec else "full-precision weight")
+        if isinstance(module, PackedLinear):
+            parts.append("packed")
         if linear.act_spec is not None:
             static = "" if linear.act_amax is None else f", static scale for {linear.act_amax:g}"
             parts.append(f"input {linear.act_spec}{static}")

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from qnoise.formats import QuantSpec, as_spec
 from qnoise.functional import fake_quantize
 from qnoise.nn import weight_cache
-from qnoise.nn.patched import Patched, PatchRecord, convert, restore
-from qnoise.noise import Noise, unit_normal
+from qnoise.nn.patched import Patched, PatchRecord, autocast_dtype, convert, noise_of, record_of, restore
+from qnoise.ops import tensor_amax
 from qnoise.spelling import check_choice
 
-Storage = Literal["auto", "dynamic", "cached"]
-STORAGES = ("auto", "dynamic", "cached")
+Storage = Literal["auto", "dynamic", "cached", "packed"]
+STORAGES = ("auto", "dynamic", "cached", "packed")
 
 
 @dataclass
@@ -47,12 +47,13 @@ class FakeQuantLinear(Patched, nn.Linear):
         fmt: format of the weight, a name or `QuantSpec`; None leaves the weight in full precision.
         act_fmt: format of the input, or None. Blocks run along the last axis; a per-tensor scale (NVFP4) is taken per
             token, so that padding, batch mates and later tokens cannot change a token.
-        storage: "dynamic" quantizes in every forward. "cached" keeps Q(W) beside the weight, which doubles the weight
-            memory, until the weight changes. "auto" (default) keeps Q(W) of a weight that needs no gradient in
-            this forward, and quantizes the others.
+        storage: "dynamic" quantizes in every forward. "cached" keeps Q(W), once a forward has made it, beside the
+            weight until the weight changes, which doubles the weight memory. "auto" (default) keeps Q(W) of a weight
+            that needs no gradient in this forward, and quantizes the others. "packed" keeps codes and scales and no
+            weight: see `qnoise.nn.packed.PackedLinear`, which `from_linear` makes then.
 
     Raises:
-        ValueError: unknown format or storage.
+        ValueError: unknown format or storage; "packed", which needs a weight to pack.
     """
 
     _qnoise: LinearRecord
@@ -70,6 +71,11 @@ class FakeQuantLinear(Patched, nn.Linear):
         storage: Storage = "auto",
     ) -> None:
         record = _record("", fmt, act_fmt, storage)
+        if storage == "packed":
+            raise ValueError(
+                "storage='packed' packs a weight that is there; use FakeQuantLinear.from_linear(linear, "
+                "storage='packed')"
+            )
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.__dict__["_qnoise"] = record
 
@@ -81,15 +87,32 @@ class FakeQuantLinear(Patched, nn.Linear):
         act_fmt: str | QuantSpec | None = None,
         storage: Storage = "auto",
     ) -> FakeQuantLinear:
-        """A FakeQuantLinear on the same parameters; `linear` itself stays as it is."""
+        """A FakeQuantLinear on the same parameters; `linear` itself stays as it is.
+
+        With storage="packed", a `PackedLinear` on codes and scales made here.
+
+        Raises:
+            TypeError: `linear` is not an nn.Linear, or a subclass of it.
+            ValueError: unknown format or storage; "packed" and the weight needs gradient, or `fmt` is None.
+        """
         if type(linear) is not nn.Linear:
             raise TypeError(f"from_linear takes an nn.Linear, not {type(linear).__name__}: its forward is its own")
         twin = _empty_like(linear)
-        convert(twin, cls, _record("", fmt, act_fmt, storage))
+        record = _record("", fmt, act_fmt, storage)
+        if storage == "packed":
+            from qnoise.nn.packed import convert_packed, pack
+
+            convert_packed(twin, record, pack(linear, record.weight_spec))
+        else:
+            convert(twin, cls, record)
         return cast(FakeQuantLinear, twin)
 
-    def to_linear(self) -> nn.Linear:
-        """A stock `nn.Linear` on the same parameters (the raw weight); this module stays as it is."""
+    def to_linear(self, dequantize: bool = False) -> nn.Linear:
+        """A stock `nn.Linear` on the same parameters (the raw weight); this module stays as it is.
+
+        Args:
+            dequantize: of a packed linear, whose raw weight is gone: agree to get Q(W). No meaning for others.
+        """
         twin = _empty_like(self)
         restore(twin)
         return twin
@@ -114,7 +137,14 @@ class FakeQuantLinear(Patched, nn.Linear):
         if record.full_precision:
             return F.linear(input, self._raw_weight(), self.bias)
         if record.act_spec is not None:
-            input = _quantize_tokens(input, record.act_spec, record.act_amax)
+            input = quantize_tokens(input, record.act_spec, record.act_amax)
+        if torch.compiler.is_compiling():
+            weight = self._raw_weight()
+            # The backward of `kept_linear` looks Q(W) up again, and noise may be another one by then.
+            noisy = bool(record.noise_during)
+            plain = type(weight) in (Tensor, nn.Parameter)
+            if plain and not noisy and not _trained(weight) and _kept_is_right(record, weight):
+                return _kept_linear(record, input, weight, self.bias)
         return F.linear(input, self.effective_weight(), self.bias)
 
     def effective_weight(self) -> Tensor:
@@ -125,21 +155,10 @@ class FakeQuantLinear(Patched, nn.Linear):
         """
         record = self._qnoise
         weight = self._raw_weight()
-        noise = record.noise if self.noise_sigma() > 0.0 else None
-        if record.full_precision or (record.weight_spec is None and noise is None):
-            return weight
-        trained = weight.requires_grad and torch.is_grad_enabled()
-        keep = record.storage == "cached" or (record.storage == "auto" and not trained)
-        if not keep or not weight_cache.cacheable(weight):
-            return self._effective(weight, noise)
-        peers = tuple(_serial(peer) for peer in record.scale_group if peer is not self)
-        kept = weight_cache.derived(
-            weight,
-            slot=record.weight_spec,
-            key=(noise, record.name if noise else None, peers),
-            compute=lambda w: self._effective(w, noise),
-        )
-        return _StraightThrough.apply(weight, kept) if trained else kept
+        if not _kept_is_right(record, weight) or torch.compiler.is_compiling():
+            return _effective(record, weight)
+        kept = _kept(record, weight)
+        return _StraightThrough.apply(weight, kept) if _trained(weight) else kept
 
     def extra_repr(self) -> str:
         record = self._qnoise
@@ -150,7 +169,7 @@ class FakeQuantLinear(Patched, nn.Linear):
 
     def train(self, mode: bool = True) -> FakeQuantLinear:
         weight = self._parameters.get("weight")
-        if weight is not None and weight_cache.cacheable(weight):
+        if weight is not None:
             weight_cache.check_sample(weight)
         return super().train(mode)
 
@@ -158,21 +177,6 @@ class FakeQuantLinear(Patched, nn.Linear):
         weight = self._parameters.get("weight")
         # torch.nn.utils.parametrize moves the parameter away and serves it through a property.
         return weight if weight is not None else self.weight
-
-    def _effective(self, weight: Tensor, noise: Noise | None) -> Tensor:
-        record = self._qnoise
-        spec = record.weight_spec
-        if noise is not None:
-            weight = _with_relative_noise(weight, noise, record.name)
-        if spec is None:
-            return weight
-        amax = None
-        if spec.per_tensor_scale and len(record.scale_group) > 1:
-            amax = weight_amax(weight)
-            for peer in record.scale_group:
-                if peer is not self:
-                    amax = torch.maximum(amax, _peer_amax(peer).to(amax.device))
-        return fake_quantize(weight, spec, amax=amax)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -187,6 +191,78 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
+# What compiled code calls for a linear served from the cache. The look-up happens when it runs: a write to the weight
+# is seen as it is without a compiler, and the compiler cannot take the kept Q(W) for memory of its own.
+torch.library.define(
+    "qnoise::kept_linear",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor[] peers, Tensor handle) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+torch.library.define(
+    "qnoise::kept_linear_backward",
+    "(Tensor grad, Tensor weight, Tensor[] peers, Tensor handle) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+
+
+def _kept_linear(record: LinearRecord, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    peers = [w for w in [peer._parameters.get("weight") for peer in record.scale_group] if w is not None]
+    input, bias = autocast(input, bias)
+    return cast(Tensor, torch.ops.qnoise.kept_linear(input, weight, bias, peers, record.handle))
+
+
+@torch.library.impl("qnoise::kept_linear", "CompositeExplicitAutograd")
+def _kept_linear_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, peers: list[Tensor], handle: Tensor
+) -> Tensor:
+    kept = _kept(cast(LinearRecord, record_of(handle)), weight)
+    return F.linear(input, kept.to(input.dtype), bias)
+
+
+@torch.library.impl("qnoise::kept_linear_backward", "CompositeExplicitAutograd")
+def _kept_linear_backward(grad: Tensor, weight: Tensor, peers: list[Tensor], handle: Tensor) -> Tensor:
+    kept = _kept(cast(LinearRecord, record_of(handle)), weight)
+    return grad @ kept.to(grad.dtype)
+
+
+@torch.library.register_fake("qnoise::kept_linear")
+def _kept_linear_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, peers: list[Tensor], handle: Tensor
+) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("qnoise::kept_linear_backward")
+def _kept_linear_backward_fake(grad: Tensor, weight: Tensor, peers: list[Tensor], handle: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, _, peers, handle = inputs
+    ctx.save_for_backward(weight, handle, *peers)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, list[None], None]:
+    weight, handle, *peers = ctx.saved_tensors
+    of_input = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_input = torch.ops.qnoise.kept_linear_backward(grad, weight, peers, handle)
+    if ctx.needs_input_grad[2]:
+        of_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+    return of_input, None, of_bias, [None] * len(peers), None
+
+
+torch.library.register_autograd("qnoise::kept_linear", _gradients, setup_context=_save_for_backward)
+
+
+def autocast(input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What autocast makes of the operands of a linear: for code that does not call one."""
+    dtype = autocast_dtype(input.device)
+    if dtype is None or input.dtype == torch.float64:
+        return input, bias
+    return input.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def _record(name: str, fmt: str | QuantSpec | None, act_fmt: str | QuantSpec | None, storage: str) -> LinearRecord:
     check_choice("storage", storage, STORAGES)
     return LinearRecord(
@@ -198,16 +274,66 @@ def _record(name: str, fmt: str | QuantSpec | None, act_fmt: str | QuantSpec | N
     )
 
 
+def _trained(weight: Tensor) -> bool:
+    return weight.requires_grad and torch.is_grad_enabled()
+
+
+def _kept_is_right(record: LinearRecord, weight: Tensor) -> bool:
+    """Whether a forward done now is served from the cache."""
+    if record.full_precision or (record.weight_spec is None and not record.acts):
+        return False
+    return record.storage == "cached" or (record.storage == "auto" and not _trained(weight))
+
+
+def _kept(record: LinearRecord, weight: Tensor) -> Tensor:
+    """Q(W), made if the cache has none."""
+    group = record.scale_group
+    peers = tuple([_serial(peer) for peer in group if peer._qnoise is not record]) if group else ()
+    noise = record.noise if record.acts else None
+    return weight_cache.derived(
+        weight,
+        slot=record.weight_spec,
+        key=(noise, record.name if noise else None, peers),
+        compute=lambda w: _effective(record, w),
+    )
+
+
+def _effective(record: LinearRecord, weight: Tensor) -> Tensor:
+    """Q(W) or Q(W (1 + sigma z)), computed."""
+    spec = record.weight_spec
+    if record.full_precision:
+        return weight
+    used = _with_relative_noise(weight, record) if record.acts else weight
+    if spec is None:
+        return used
+    amax = None
+    if spec.per_tensor_scale and len(record.scale_group) > 1:
+        amax = kept_amax(weight) if used is weight else weight_amax(used)
+        for peer in record.scale_group:
+            if peer._qnoise is not record:
+                amax = torch.maximum(amax, _peer_amax(peer).to(amax.device))
+    return fake_quantize(used, spec, amax=amax)
+
+
 def weight_amax(weight: Tensor) -> Tensor:
     """max |w| over the finite values, 0-d fp32: what fixes a per-tensor scale."""
+    if type(weight) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and weight.device.type != "meta":
+        return tensor_amax(weight)
     magnitude = weight.detach().abs().float()
     return magnitude.nan_to_num_(nan=0.0, posinf=0.0).amax() if weight.numel() else magnitude.new_zeros(())
 
 
+def kept_amax(weight: Tensor) -> Tensor:
+    """`weight_amax`, computed once for each change of the weight."""
+    if torch.compiler.is_compiling():
+        return weight_amax(weight)
+    return weight_cache.derived(weight, slot="amax", key=None, compute=weight_amax)
+
+
 def _peer_amax(peer: FakeQuantLinear) -> Tensor:
     weight = peer._parameters.get("weight")
-    if weight is not None and weight_cache.cacheable(weight):
-        return weight_cache.derived(weight, slot="amax", key=None, compute=weight_amax)
+    if weight is not None and (torch.compiler.is_compiling() or weight_cache.cacheable(weight)):
+        return kept_amax(weight)
     if peer._qnoise.patched_amax is None:
         raise ValueError(
             f"{peer._qnoise.name}: its weight is out of reach (offloaded or sharded) and its amax was not recorded, "
@@ -219,10 +345,10 @@ def _peer_amax(peer: FakeQuantLinear) -> Tensor:
 
 def _serial(peer: FakeQuantLinear) -> int | None:
     weight = peer._parameters.get("weight")
-    return weight_cache.serial(weight) if weight is not None and weight_cache.cacheable(weight) else None
+    return None if weight is None else weight_cache.serial(weight)
 
 
-def _quantize_tokens(x: Tensor, spec: QuantSpec, static_amax: float | None) -> Tensor:
+def quantize_tokens(x: Tensor, spec: QuantSpec, static_amax: float | None) -> Tensor:
     amax: Tensor | float | None = static_amax
     if spec.per_tensor_scale and amax is None:
         magnitude = x.detach().abs().float().nan_to_num_(nan=0.0, posinf=0.0)
@@ -230,11 +356,10 @@ def _quantize_tokens(x: Tensor, spec: QuantSpec, static_amax: float | None) -> T
     return fake_quantize(x, spec, amax=amax)
 
 
-def _with_relative_noise(weight: Tensor, noise: Noise, name: str) -> Tensor:
+def _with_relative_noise(weight: Tensor, record: LinearRecord) -> Tensor:
     """W (1 + sigma z) in fp32, one z per weight."""
-    z = torch.from_numpy(unit_normal(noise.seed, noise.step, name, tuple(weight.shape))).to(weight.device)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(dtype) * (1.0 + noise.sigma * z)).to(weight.dtype)
+    noise = noise_of(record, weight)
+    return (weight.to(noise.dtype) * (1.0 + noise)).to(weight.dtype)
 
 
 def _empty_like(linear: nn.Linear) -> nn.Linear:

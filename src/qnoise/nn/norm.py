@@ -12,8 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qnoise.nn.patched import Patched, PatchRecord, convert, restore
-from qnoise.noise import Noise, unit_normal
+from qnoise.nn.patched import Patched, PatchRecord, autocast_dtype, convert, noise_of, restore
 
 
 def is_rms_norm(module: nn.Module) -> bool:
@@ -56,14 +55,13 @@ class NoisyRMSNorm(Patched, nn.Module):
     def effective_weight(self) -> Tensor:
         """The weight a forward done now uses: w, or w + sigma z in fp32 where noise acts."""
         weight = cast(Tensor, self._parameters["weight"])
-        sigma = self.noise_sigma()
-        if sigma == 0.0:
+        if not self._qnoise.acts:
             return weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return weight.to(dtype) + sigma * self._unit_noise(weight).to(dtype)
+        noise = noise_of(self._qnoise, weight)
+        return weight.to(noise.dtype) + noise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.noise_sigma() == 0.0:
+        if not self._qnoise.acts:
             return super().forward(*args, **kwargs)
         dtype = self._stock_dtype(*args, **kwargs)
         # The stock forward reads `self.weight`; an instance attribute goes before the registered parameter.
@@ -76,24 +74,17 @@ class NoisyRMSNorm(Patched, nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time; pickle, deepcopy and spawn make it again from the stock class.
-        state = {key: value for key, value in self.__dict__.items() if key not in ("_qnoise_z", "_qnoise_dtypes")}
+        state = {key: value for key, value in self.__dict__.items() if key != "_qnoise_dtypes"}
         return _rebuild, (self._qnoise.stock_class,), state
-
-    def _unit_noise(self, weight: Tensor) -> Tensor:
-        noise: Noise = self._qnoise.noise
-        key = (noise.seed, noise.step, self._qnoise.name, weight.shape, weight.device)
-        kept = self.__dict__.get("_qnoise_z")
-        if kept is None or kept[0] != key:
-            z = unit_normal(noise.seed, noise.step, self._qnoise.name, tuple(weight.shape))
-            with torch.inference_mode(False):
-                kept = self.__dict__["_qnoise_z"] = (key, torch.from_numpy(z).to(weight.device))
-        return cast(Tensor, kept[1])
 
     def _stock_dtype(self, *args: Any, **kwargs: Any) -> torch.dtype:
         """The dtype the stock norm returns for such an input: asked of the norm itself, once per kind of input."""
+        if torch.compiler.is_compiling():
+            # Only the dtype is used: the compiler drops the computation.
+            return cast(torch.dtype, super().forward(*args, **kwargs).dtype)
         first = args[0] if args else next(iter(kwargs.values()))
         weight = cast(Tensor, self._parameters["weight"])
-        key = (first.dtype, weight.dtype, torch.is_autocast_enabled(first.device.type))
+        key = (first.dtype, weight.dtype, autocast_dtype(first.device))
         dtypes: dict[Any, torch.dtype] = self.__dict__.setdefault("_qnoise_dtypes", {})
         if key not in dtypes:
             with torch.no_grad():

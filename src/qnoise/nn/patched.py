@@ -6,20 +6,34 @@ hooks, aliases, tied parameters, references held by others and `state_dict` keys
 
 from __future__ import annotations
 
+import itertools
 import types
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from qnoise.noise import Noise
+from qnoise.noise import Noise, unit_normal
 
 PHASES = ("rollout", "training", "evaluation")
 
 
+_NUMBERS = itertools.count()
+_RECORDS: WeakValueDictionary[int, PatchRecord] = WeakValueDictionary()
+
+
 @dataclass
 class PatchRecord:
-    """State of one converted module. The controllers of floors 4 and 5 write it; the module's forward reads it."""
+    """State of one converted module. The controllers of floors 4 and 5 write it; the module's forward reads it.
+
+    Attributes:
+        sigma: the sigma that acts in a forward done now: 0 outside the phases that are noisy. Follows the other fields.
+        acts: sigma > 0. Compiled code is specialised on this and not on the value of sigma.
+        handle: int64 CPU tensor, 0-d: by which an operator called from compiled code finds the record (`record_of`).
+            A tensor, because compiled code is specialised on numbers but takes tensors as inputs.
+    """
 
     name: str
     stock_class: type[nn.Module]
@@ -28,6 +42,84 @@ class PatchRecord:
     phase: str = "training"
     quiet: bool = False
     full_precision: bool = False
+    sigma: float = field(init=False, default=0.0)
+    acts: bool = field(init=False, default=False)
+    handle: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._enter()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name in ("noise_during", "noise", "phase", "quiet", "full_precision") and "handle" in self.__dict__:
+            self._settle()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("handle", "_kept_z")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy is a record of its own, not to be found by the handle of the original.
+        self.__dict__.update(state)
+        self._enter()
+
+    def _enter(self) -> None:
+        number = next(_NUMBERS)
+        with torch.inference_mode(False):
+            self.__dict__["handle"] = torch.full((), number, dtype=torch.int64, device="cpu")
+        _RECORDS[number] = self
+        self._settle()
+
+    def _settle(self) -> None:
+        silent = self.quiet or self.full_precision or self.phase not in self.noise_during
+        self.__dict__["sigma"] = 0.0 if silent else self.noise.sigma
+        self.__dict__["acts"] = self.__dict__["sigma"] > 0.0
+
+
+def record_of(handle: Tensor) -> PatchRecord:
+    """The record that has this handle."""
+    return _RECORDS[int(handle)]
+
+
+def noise_of(record: PatchRecord, weight: Tensor) -> Tensor:
+    """sigma z that acts on the weight now, z standard normal: of its shape and device, in fp32 (fp64 for fp64)."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, torch.ops.qnoise.noise(weight.detach(), record.handle))
+    noise = record.noise
+    key = (noise.seed, noise.step, weight.shape, weight.device)
+    kept = record.__dict__.get("_kept_z")
+    if kept is None or kept[0] != key:
+        z = unit_normal(noise.seed, noise.step, record.name, tuple(weight.shape))
+        with torch.inference_mode(False):
+            kept = (key, torch.from_numpy(z).to(weight.device))
+        # The noise of a norm is small. That of a matrix is as large as the weight, and used once in each step.
+        if weight.dim() == 1:
+            record.__dict__["_kept_z"] = kept
+    return record.sigma * kept[1].to(_noise_dtype(weight))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast computes in on that device now; None where it is off, or does not exist (meta)."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _noise_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+# What compiled code calls for the noise: it reads the record when it runs, so a new step needs no new code.
+torch.library.define("qnoise::noise", "(Tensor weight, Tensor handle) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
+
+
+@torch.library.impl("qnoise::noise", "CompositeExplicitAutograd")
+def _noise(weight: Tensor, handle: Tensor) -> Tensor:
+    return noise_of(record_of(handle), weight)
+
+
+@torch.library.register_fake("qnoise::noise")
+def _noise_fake(weight: Tensor, handle: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=_noise_dtype(weight))
 
 
 class Patched:
@@ -37,9 +129,7 @@ class Patched:
 
     def noise_sigma(self) -> float:
         """The sigma that acts in a forward done now: 0 outside the phases that are noisy."""
-        record = self._qnoise
-        silent = record.quiet or record.full_precision or record.phase not in record.noise_during
-        return 0.0 if silent else record.noise.sigma
+        return self._qnoise.sigma
 
     def noise_state(self) -> dict[str, Any]:
         """Canonical name, sigma, seed and step of this module's noise, and whether it acts now."""

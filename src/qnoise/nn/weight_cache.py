@@ -1,7 +1,7 @@
 """Tensors derived from a weight, kept as long as the weight stays what it was.
 
 The cache belongs to the parameter, not to the module: tied blocks are distinct modules with one parameter. An entry is
-served while the parameter's storage, version counter, dtype, device and layout are those it was computed from. Writes
+served while the parameter's storage, version counter, dtype and layout are those it was computed from. Writes
 that torch cannot see (`w.data.add_()`, as PEFT merges) leave all of these alone. Two checks are there for them:
 `touch`, called when the weight is handed out and may be written to, has the next look-up compare a fingerprint of all
 its bits; `check_sample`, called on `train()` and `eval()`, compares a few hundred of its elements.
@@ -9,30 +9,59 @@ its bits; `check_sample`, called on `train()` and `eval()`, compares a few hundr
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 class _Entry:
     """What is known of one parameter. `serial` rises whenever the parameter was found changed."""
 
-    def __init__(self) -> None:
-        self.signature: tuple[Any, ...] | None = None
-        # The weak reference keeps the address of the storage from being given to another one.
-        self.storage: StorageWeakRef | None = None
+    __slots__ = (
+        "dtype", "fingerprint", "owner", "pointer", "sample", "serial", "shape", "storage", "storage_id", "stride",
+        "suspect", "valid", "values", "version",
+    )  # fmt: skip
+
+    def __init__(self, weight: Tensor) -> None:
+        number = id(weight)
+        # An id is given to another object once its owner is dead, and then nothing of it may be left here.
+        self.owner = weakref.ref(weight, lambda _: _ENTRIES.pop(number, None))
+        self.valid = False
         self.sample: Tensor | None = None
         self.fingerprint: tuple[Tensor, Tensor] | None = None
         self.suspect = False
         self.serial = 0
         self.values: dict[Hashable, tuple[Hashable, Tensor]] = {}
 
+    def describes(self, weight: Tensor) -> bool:
+        """Whether the weight is, as far as torch tells, what it was."""
+        return (
+            self.valid
+            and self.version == weight._version
+            and self.pointer == weight.data_ptr()
+            and self.storage_id == weight.untyped_storage()._cdata
+            and self.dtype is weight.dtype
+            and self.shape == weight.shape
+            and self.stride == weight.stride()
+        )
 
-_ENTRIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    def describe(self, weight: Tensor) -> None:
+        """Take the weight as it is now, and forget what was derived from it."""
+        storage = weight.untyped_storage()
+        # The weak reference keeps the address of the storage from being given to another one.
+        self.storage, self.storage_id = StorageWeakRef(storage), storage._cdata
+        self.version, self.pointer, self.dtype = weight._version, weight.data_ptr(), weight.dtype
+        self.shape, self.stride = weight.shape, weight.stride()
+        self.sample = self.fingerprint = None
+        self.values.clear()
+        self.serial += 1
+        self.valid = True
+
+
+_ENTRIES: dict[int, _Entry] = {}
 
 
 def cacheable(weight: Tensor) -> bool:
@@ -51,30 +80,38 @@ def cacheable(weight: Tensor) -> bool:
 
 
 def derived(weight: Tensor, slot: Hashable, key: Hashable, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """`compute(weight.detach())`, or its kept result if neither the weight nor `key` has changed since.
+    """`compute(weight)`, or its kept result if neither the weight nor `key` has changed since.
 
     One result is kept per slot. It is computed outside inference mode and without grad, so that it can be saved for a
-    later backward whoever asked for it first.
+    later backward whoever asked for it first. A weight that is not `cacheable` is computed each time.
     """
     entry = _fresh_entry(weight)
+    if entry is None:
+        with torch.no_grad():
+            return compute(weight)
     kept = entry.values.get(slot)
     if kept is None or kept[0] != key:
         with torch.inference_mode(False), torch.no_grad():
-            kept = (key, compute(weight.detach()))
-            entry.sample = _sample(weight)
+            kept = (key, compute(weight))
+            if entry.sample is None:
+                entry.sample = _sample(weight)
         entry.values[slot] = kept
     return kept[1]
 
 
-def serial(weight: Tensor) -> int:
-    """A number that changes when the weight does; a key for what depends on several weights."""
-    return _fresh_entry(weight).serial
+def serial(weight: Tensor) -> int | None:
+    """A number that changes when the weight does; a key for what depends on several weights.
+
+    None for a weight that is not `cacheable`.
+    """
+    entry = _fresh_entry(weight)
+    return None if entry is None else entry.serial
 
 
 def touch(weight: Tensor) -> None:
     """The weight is being handed out, and may be written to unseen: compare all its bits at the next look-up."""
-    entry = _ENTRIES.get(weight)
-    if entry is None or entry.suspect or not entry.values or entry.signature != _signature(weight):
+    entry = _entry(weight)
+    if entry is None or entry.suspect or not entry.values or not entry.describes(weight):
         return
     if entry.fingerprint is None:
         entry.fingerprint = _fingerprint(weight)
@@ -83,52 +120,49 @@ def touch(weight: Tensor) -> None:
 
 def check_sample(weight: Tensor) -> None:
     """Forget what was derived from the weight if a few hundred of its elements are not what they were then."""
-    entry = _ENTRIES.get(weight)
-    if entry is None or entry.sample is None or entry.signature != _signature(weight):
+    entry = _entry(weight)
+    if entry is None or entry.sample is None or not entry.describes(weight):
         return
     if not torch.equal(_bits(_sample(weight)), _bits(entry.sample)):
-        entry.signature = None
+        entry.valid = False
 
 
 def forget(weight: Tensor) -> None:
     """Drop whatever was derived from the weight."""
-    entry = _ENTRIES.get(weight)
+    entry = _entry(weight)
     if entry is not None:
-        entry.signature = None
+        entry.valid = False
         entry.values.clear()
 
 
 def cached_nbytes(weight: Tensor) -> int:
     """Bytes held by results of the weight's own size derived from it."""
-    entry = _ENTRIES.get(weight)
+    entry = _entry(weight)
     values = entry.values.values() if entry is not None else ()
     return sum(value.nbytes for _, value in values if value.shape == weight.shape)
 
 
-def _fresh_entry(weight: Tensor) -> _Entry:
-    entry = _ENTRIES.get(weight)
-    if entry is None:
-        entry = _ENTRIES[weight] = _Entry()
-    signature = _signature(weight)
-    if entry.signature != signature or (entry.suspect and not _same_bits(weight, entry.fingerprint)):
-        entry.signature, entry.storage = signature, StorageWeakRef(weight.untyped_storage())
-        entry.sample = entry.fingerprint = None
-        entry.values.clear()
-        entry.serial += 1
+def _entry(weight: Tensor) -> _Entry | None:
+    entry = _ENTRIES.get(id(weight))
+    return entry if entry is not None and entry.owner() is weight else None
+
+
+def _fresh_entry(weight: Tensor) -> _Entry | None:
+    """The entry of the weight, true to what it is now; None if it is not `cacheable`."""
+    entry = _ENTRIES.get(id(weight))
+    if entry is None or entry.owner() is not weight:
+        if not cacheable(weight):
+            return None
+        entry = _ENTRIES[id(weight)] = _Entry(weight)
+    if not entry.describes(weight):
+        # Its memory may have become of another kind.
+        if not cacheable(weight):
+            return None
+        entry.describe(weight)
+    elif entry.suspect and not _same_bits(weight, entry.fingerprint):
+        entry.describe(weight)
     entry.suspect = False
     return entry
-
-
-def _signature(weight: Tensor) -> tuple[Any, ...]:
-    return (
-        weight.untyped_storage()._cdata,
-        weight.data_ptr(),
-        weight._version,
-        weight.dtype,
-        weight.device,
-        weight.shape,
-        weight.stride(),
-    )
 
 
 def _bits(x: Tensor) -> Tensor:
