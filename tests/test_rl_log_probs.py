@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qnoise.rl import token_log_probs
+from qnoise.rl import token_log_probs, token_softmax
+from tiny_models import tiny_model
 
 
 def naive(logits, ids, temperature=1.0):
@@ -150,6 +151,33 @@ def counted(head):
     return head, sizes
 
 
+class Softcapped(nn.Module):
+    """A head and what Gemma 2 does behind it."""
+
+    def __init__(self, head, cap):
+        super().__init__()
+        self.head, self.cap = head, cap
+
+    def forward(self, hidden):
+        return self.cap * torch.tanh(self.head(hidden) / self.cap)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_a_model_does_behind_its_head(frozen):
+    """Hidden states and the head alone are another policy; with a module that does both they are the model's."""
+    model = tiny_model("gemma2", final_logit_softcapping=0.1)
+    ids = torch.randint(3, 99, (2, 7))
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.detach().requires_grad_()
+    head = Softcapped(model.get_output_embeddings(), 0.1).requires_grad_(not frozen)
+    want = token_log_probs(model(ids, use_cache=False).logits, ids)[0]
+    got = token_log_probs(hidden, ids, lm_head=head, chunk_rows=4)[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert (token_log_probs(hidden, ids, lm_head=head.head)[0] - want).abs().max() > 1e-3
+    expected = naive(head(hidden), ids)[0]
+    for a, b in zip(*(torch.autograd.grad(x.sum(), hidden) for x in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_trained_head_is_recomputed_in_chunks():
     """No call of the head sees more than chunk_rows rows, and the backward calls it again."""
     head, sizes = counted(nn.Linear(8, 17))
@@ -287,3 +315,52 @@ def test_bad_input():
         token_log_probs(ids[..., None], ids)
     with pytest.raises(TypeError, match=r"ids must be integers, got torch\.float64"):
         token_log_probs(logits, ids.double())
+    with pytest.raises(TypeError, match=r"lm_head must be the head as a module \(model.get_output_.*, got Parameter"):
+        token_log_probs(logits, ids, lm_head=nn.Linear(17, 17).weight)
+
+
+class StandInKernels:
+    """What the GPU kernels are called with, computed by the path that runs here."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log_prob_forward(self, logits, ids, temperature):
+        self.calls.append("forward")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(token_softmax, "_kernels", lambda logits: None)
+            return token_softmax.statistics(logits, ids, temperature)
+
+    def log_prob_backward(self, logits, ids, temperature, stats, grads, out):
+        self.calls.append("backward")
+        assert out.is_contiguous()
+        assert (out.shape, out.dtype) == (logits.shape, logits.dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(token_softmax, "_kernels", lambda logits: None)
+            token_softmax.write_logit_gradient(out.fill_(torch.nan), logits, ids, temperature, stats, grads)
+
+
+@pytest.mark.parametrize("frozen", [True, False, None], ids=["frozen head", "trained head", "logits"])
+def test_kernels_do_the_rows_where_they_serve(monkeypatch, frozen):
+    """A GPU's kernels are given what they ask for, and what they give reaches values and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50, (3, 7), generator=generator)
+    x = torch.randn(3, 7, 50 if frozen is None else 8, generator=generator)
+    head = None if frozen is None else nn.Linear(8, 50).requires_grad_(not frozen)
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        log_prob, entropy = token_log_probs(leaf, ids, 0.7, lm_head=head, chunk_rows=4)
+        wanted = [leaf, *(p for p in (head.parameters() if head else ()) if p.requires_grad)]
+        gradient = torch.autograd.grad((log_prob * 2 + entropy).sum(), wanted, retain_graph=True)
+        return [log_prob, entropy, *gradient, *torch.autograd.grad(log_prob.sum(), wanted)]
+
+    want, kernels = run(), StandInKernels()
+    monkeypatch.setattr(token_softmax, "_kernels", lambda logits: kernels)
+    for got, expected in zip(run(), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert {"forward", "backward"} <= set(kernels.calls)
+
+
+def test_no_kernels_on_a_cpu():
+    assert token_softmax._kernels(torch.zeros(2, 3)) is None

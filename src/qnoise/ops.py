@@ -70,13 +70,18 @@ def backend(device: torch.device | str) -> str:
     return f"chunked PyTorch (no kernels for {kind})"
 
 
+def triton_serves() -> bool:
+    """Whether Triton kernels can be launched here: asked once, by launching one."""
+    return _triton()[0] is not None
+
+
 def _serving(device: torch.device, dtype: torch.dtype, spec: QuantSpec) -> Backend:
     if device.type == "cpu":
         if native.available() and native.supports(spec, dtype):
             return _NATIVE
     elif device.type == "cuda":
         kernels = _triton()[0]
-        if kernels is not None and dtype in _TRITON_DTYPES:
+        if kernels is not None and dtype in _TRITON_DTYPES and _triton_supports(spec):
             return kernels
     return _CHUNKED
 
@@ -91,6 +96,13 @@ def _triton() -> tuple[Backend | None, str]:
     except Exception as error:
         return None, f"Triton kernels do not run here: {type(error).__name__}: {error}"
     return Backend(fake_quantize.fake_quantize_rows, pack.quantize_rows, unpack.dequantize_rows, amax.tensor_amax), ""
+
+
+@lru_cache(maxsize=256)
+def _triton_supports(spec: QuantSpec) -> bool:
+    from .kernels.gpu import launch
+
+    return launch.supports(spec)
 
 
 @lru_cache

@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops import triton_serves
+
 # Logits taken to fp32 at a time: 1 MiB stays in a CPU's cache; anything else needs few and large steps.
 _ELEMENTS_PER_STEP_ON_CPU, _ELEMENTS_PER_STEP = 1 << 18, 1 << 25
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Stands for −∞ where 0·(−∞) has to be 0: every softmax weight that far down is 0, and no gradient carries it to ∞.
 _FLOOR = -1e30
 # ln 2 in two parts; the first has 12 bits, so a power of two times it is exact in fp32.
@@ -31,6 +35,12 @@ def statistics(
     logits: Tensor, ids: Tensor, temperature: float, chunk_rows: int | None = None, slopes: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log_prob, entropy, max z, log Σ exp s), each (N,); ``slopes`` (N, V) is filled with ∂log p_y/∂z."""
+    kernels = _kernels(logits)
+    if kernels is not None:
+        log_prob, *stats = kernels.log_prob_forward(logits, ids, temperature)
+        if slopes is not None:
+            kernels.log_prob_backward(logits, ids, temperature, stats, (torch.ones_like(log_prob), None), slopes)
+        return log_prob, *stats
     step = chunk_rows or _rows_per_step(logits)
     s_rows, p_rows = _work_space(logits, step), _work_space(logits, step)
     dtype = s_rows.dtype
@@ -71,6 +81,10 @@ def write_logit_gradient(
     chunk_rows: int | None = None,
 ) -> None:
     """Gradient with respect to the (N, V) logits into ``out``, from (entropy, max z, log Σ exp s) of the rows."""
+    kernels = _kernels(logits)
+    if kernels is not None:
+        kernels.log_prob_backward(logits, ids, temperature, stats, grads, out)
+        return
     step = chunk_rows or _rows_per_step(logits)
     s_rows, p_rows = _work_space(logits, step), _work_space(logits, step)
     divisor = logits.new_full((), temperature, dtype=s_rows.dtype)
@@ -98,6 +112,15 @@ def write_logit_gradient(
             p.scatter_add_(-1, ids[rows, None], for_log_prob[rows])
         if p.dtype != out.dtype:
             out[rows] = p
+
+
+def _kernels(logits: Tensor) -> Any:
+    """The Triton kernels that do the same in one pass, where they serve these logits; None elsewhere."""
+    if not (logits.is_cuda and logits.dtype in _KERNEL_DTYPES and logits.stride(-1) == 1 and triton_serves()):
+        return None
+    from ..kernels.gpu import log_probs
+
+    return log_probs
 
 
 def _log_prob(chosen: Tensor, top: Tensor, weight: Tensor, temperature: float) -> Tensor:
