@@ -172,6 +172,7 @@ def test_gradient_and_dtype():
         (torch.zeros(4), torch.zeros(4), TypeError, r"group ids must be integers, got torch\.float32"),
         (torch.zeros(4), "2", TypeError, "groups must be a tensor of ids or a number of generations, got str"),
         (torch.zeros(4), True, TypeError, "got bool"),
+        ([0.0, 1.0], 2, TypeError, r"rewards must be a tensor, got list; torch\.tensor\(rewards\) makes one"),
     ],
 )
 def test_bad_input(function, rewards, groups, error, message):
@@ -182,6 +183,11 @@ def test_bad_input(function, rewards, groups, error, message):
 def test_bad_options():
     with pytest.raises(ValueError, match="norm_by_std must be True, False or 'batch', got 'group'"):
         group_advantages(torch.zeros(2), 2, norm_by_std="group")
+    for epsilon in (-1e-6, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"epsilon must be at least 0 and finite, got {epsilon}"):
+            group_advantages(torch.zeros(2), 2, epsilon=epsilon)
+    with pytest.raises(ValueError, match="constant='rounding' divides what is left by a deviation that may be 0"):
+        group_advantages(torch.full((4,), 0.5), 4, epsilon=0.0, constant="rounding")
     with pytest.raises(ValueError, match="singleton.*'one'.*'zero', 'reward'"):
         group_advantages(torch.zeros(2), 2, singleton="one")
     with pytest.raises(ValueError, match="constant.*'noise'.*'zero', 'rounding'"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from qnoise.rl import generate_groups, generation, token_log_probs
+from qnoise.rl import Rollout, generate_groups, generation, token_log_probs
 from qnoise.rl.sampling import behaviour_log_probs
 from tiny_models import ARCHITECTURES, tiny_model, with_lora
 
@@ -371,6 +371,21 @@ def test_logits_that_are_not_finite(model, tokenizer):
         ({"top_p": 1.1}, ValueError, "top_p must be above 0 and at most 1, got 1.1"),
         ({"top_k": -1}, ValueError, r"top_k must be 0 \(all tokens\) or positive, got -1"),
         ({"seed": -1}, ValueError, "seed must be between 0 and"),
+        ({"prompts": [[5], [6.0]]}, TypeError, r"prompts\[1\] holds 6\.0, which is no token id"),
+        ({"prompts": [[{"role": "user", "content": "w5"}]]}, TypeError, r"prompts\[0\] holds {.*apply_chat_template"),
+        # Iterated, it is the names of its entries.
+        ({"prompts": {"input_ids": [[5], [6]]}}, TypeError, r"prompts must be a list .*got a dict; .*\['input_ids'\]"),
+        ({"prompts": [5, 6]}, TypeError, r"prompts\[0\] is 5; give strings or lists of token ids"),
+        ({"num_generations": 2.0}, TypeError, r"num_generations must be an integer, got 2\.0"),
+        ({"max_new_tokens": 8.0}, TypeError, r"max_new_tokens must be an integer, got 8\.0"),
+        ({"top_k": 2.5}, TypeError, r"top_k must be an integer, got 2\.5"),
+        ({"seed": None}, TypeError, "seed must be an integer, got None"),
+        ({"top_p": None}, TypeError, "top_p must be a number, got None"),
+        ({"batch_size": 1.5}, TypeError, r"batch_size must be an integer, got 1\.5"),
+        ({"eos_token_id": []}, ValueError, "eos_token_id is empty, so no response could end"),
+        ({"eos_token_id": 99}, ValueError, "eos_token_id 99 is no token of the model, which knows 0 … 98 only"),
+        ({"eos_token_id": [2, -1]}, ValueError, "eos_token_id -1 is no token of the model"),
+        ({"eos_token_id": "</s>"}, TypeError, "eos_token_id must be an integer or several, got '</s>'"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, or None for all at once, got 0"),
     ],
 )
@@ -378,6 +393,14 @@ def test_bad_input(change, error, message, model, tokenizer):
     good = {"prompts": PROMPTS, "num_generations": 2, "max_new_tokens": 8}
     with pytest.raises(error, match=message):
         generate_groups(model, tokenizer, **{**good, **change})
+
+
+def test_numbers_of_numpy_can_be_saved(model, tokenizer, tmp_path):
+    seed, temperature = np.int64(3), np.float32(0.5)
+    rollout = generate_groups(model, tokenizer, PROMPTS, 2, max_new_tokens=2, seed=seed, temperature=temperature)
+    rollout.save(tmp_path / "rollout")
+    assert Rollout.load(tmp_path / "rollout").sampling == rollout.sampling
+    assert rollout.sampling["seed"] == 3
 
 
 def test_no_end_token(tokenizer):
@@ -393,3 +416,6 @@ def test_no_end_token(tokenizer):
 def test_not_a_language_model(tokenizer):
     with pytest.raises(TypeError, match=r"Linear has no generate\(\)"):
         generate_groups(torch.nn.Linear(2, 2), tokenizer, PROMPTS, 2, max_new_tokens=2)
+    wrapper = torch.nn.DataParallel(tiny_model())
+    with pytest.raises(TypeError, match=r"DataParallel has no generate\(\); .*give the model inside it \(\.module\)"):
+        generate_groups(wrapper, tokenizer, PROMPTS, 2, max_new_tokens=2)

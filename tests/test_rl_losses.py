@@ -323,6 +323,8 @@ def test_k3_clamp_is_an_option():
         ({"clip_ratio_high": -1.0}, "clip_ratio_high must be at least 0, got -1.0"),
         ({"clip_ratio_c": 1.0}, "clip_ratio_c must be greater than 1, or None for no dual clip, got 1.0"),
         ({"num_items_in_batch": -3}, "num_items_in_batch must be at least 0, got -3"),
+        # The mask itself in place of its sum would divide every token by 1.
+        ({"num_items_in_batch": torch.ones(2, 3)}, r"num_items_in_batch must be one number, got shape \(2, 3\)"),
         ({"max_log_ratio": 0.0}, "max_log_ratio must be positive"),
         (
             {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 0},
@@ -377,3 +379,15 @@ def test_compiles_without_a_graph_break():
 def test_integer_log_probs_are_refused():
     with pytest.raises(TypeError, match=r"log_prob must be a floating-point tensor, got torch\.int64"):
         dapo_loss(torch.zeros(2, 3, dtype=torch.long), None, torch.ones(2), torch.ones(2, 3))
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"old_log_prob must be a floating-point tensor, got torch\.int64"):
+        dapo_loss(torch.zeros(2, 3), ids, torch.ones(2), torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"ref_log_prob must be a floating-point tensor, got torch\.int64"):
+        kl_penalty(torch.zeros(2, 3), ids)
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES[:3])
+def test_a_scale_is_not_ignored(mode):
+    message = f"loss_scale_factor=30 has no place in loss_agg_mode='{mode}'; only 'seq-mean-token-sum-norm' takes it"
+    with pytest.raises(ValueError, match=message):
+        agg_loss(torch.zeros(2, 3), torch.ones(2, 3), mode, loss_scale_factor=30)

@@ -267,6 +267,12 @@ def test_bad_input(function, change, message):
         function(**{**good, **change})
 
 
+@pytest.mark.parametrize("function", [rollout_is_weights, mismatch_metrics])
+def test_ids_in_place_of_log_probs(function):
+    with pytest.raises(TypeError, match=r"log_prob_rollout must be a floating-point tensor, got torch\.int64"):
+        function(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3))
+
+
 def test_unknown_mode():
     with pytest.raises(ValueError, match="mode.*'clip'.*'truncate', 'mask'"):
         rollout_is_weights(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), mode="clip")

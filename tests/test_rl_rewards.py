@@ -41,6 +41,7 @@ STRICT = [
     ("#### -.5", "-1/2"),
     ("#### 2 3/4", "2.75"),
     ("#### 0", "0"),
+    ("#### \\frac{1}{2}", "1/2"),
     ("#### 7\n\nQ: again\n#### 42", "42"),  # the last one counts
     ("#### 42 #### none", "42"),
     ("#### €42", "42"),
@@ -83,6 +84,14 @@ FLEXIBLE = [
     ("37/2", "18.5"),
     ("it is .5", "1/2"),
     ("so...42", "42"),
+    ("\\boxed{\\frac{1}{2}}", "1/2"),  # TeX, as models write it
+    ("-\\dfrac{1}{2}", "-1/2"),
+    ("\\(2\\frac{3}{4}\\)", "2.75"),
+    ("\\tfrac{37}{2} cups", "18.5"),
+    ("\\boxed{1{,}234}", "1234"),
+    ("$1{,}234{,}567$", "1234567"),
+    ("\\frac{5}{0}", None),
+    ("\\frac12", None),
     ("#### 7 and then 42", "42"),
     ("1,2,3", "3"),  # a list
     ("12,34,5", "5"),
@@ -163,6 +172,10 @@ def test_comparison_is_exact():
         "1" * 50_000 + "٢",
         "$" * 100_000,
         "," * 100_000,
+        "\\frac{" * 16_000,
+        "\\frac{1}{1}" * 9_000,
+        "1{,}" * 25_000,
+        "\\frac{" + "1" * 100_000,
     ],
     ids=lambda text: repr(text[:8]),
 )
@@ -246,9 +259,15 @@ def test_soft_overlong_punishment(factor):
     [
         ((10, 0), "buffer_length must be between 1 and max_length=10, got 0"),
         ((10, 11), "buffer_length must be between 1 and max_length=10, got 11"),
-        ((10, 5, -1.0), "penalty_factor must be at least 0, got -1.0"),
+        ((10, 5, -1.0), "penalty_factor must be at least 0 and finite, got -1.0"),
+        ((10, 5, float("inf")), "penalty_factor must be at least 0 and finite, got inf"),
     ],
 )
 def test_soft_overlong_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         soft_overlong_punishment(torch.tensor([1]), *arguments)
+
+
+def test_soft_overlong_takes_a_tensor():
+    with pytest.raises(TypeError, match=r"lengths must be a tensor, got list; torch\.tensor\(lengths\) makes one"):
+        soft_overlong_punishment([1, 2], 10, 5)

@@ -91,6 +91,11 @@ def test_select_and_split():
         (lambda r: r.select(torch.tensor([6])), ValueError, "index 6…6 is out of range for 6 samples"),
         (lambda r: r.select(torch.tensor([-1])), ValueError, "out of range"),
         (lambda r: r.select(torch.ones(6)), TypeError, "select takes a .N,. bool mask or integer index"),
+        # A mask of 0 and 1 is no mask of bool: as an index it would pick samples 0 and 1 over and over.
+        (lambda r: r.select(torch.ones(6, dtype=torch.uint8)), TypeError, r"got \(6,\) torch\.uint8"),
+        (lambda r: r.select([0]), TypeError, r"select takes a .N,. bool mask or integer index, got list"),
+        (lambda r: r.to(torch.bfloat16), TypeError, r"to\(\) takes a device, got torch\.bfloat16"),
+        (lambda r: r.split(2.0), TypeError, r"split\(\) takes a number of parts, got 2\.0"),
         (lambda r: r.split(0), ValueError, "can be split into 1 … 6 parts, not 0"),
         (lambda r: r.split(7), ValueError, "can be split into 1 … 6 parts, not 7"),
     ],
@@ -115,6 +120,8 @@ def test_select_and_split_bad_input(call, error, message):
             r"prompt_mask has shape \(6, 2\) but prompt_ids has shape \(6, 3\)",
         ),
         ("lengths", torch.ones(7), r"lengths has shape \(7,\) but response_ids"),
+        ("finished", torch.tensor(True), r"finished has shape \(\) but response_ids"),
+        ("response_ids", torch.tensor(7), r"response_ids must have shape \(samples, tokens\), got \(\)"),
         ("texts", ("a",), "1 texts but response_ids"),
     ],
 )
@@ -123,6 +130,25 @@ def test_tensors_must_fit(name, value, message):
     fields = {n: getattr(r, n) for n in TENSORS} | {"texts": r.texts}
     with pytest.raises(ValueError, match=message):
         Rollout(**{**fields, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("response_mask", torch.int64, r"response_mask must be bool, got torch\.int64"),
+        ("prompt_mask", torch.float32, r"prompt_mask must be bool, got torch\.float32"),
+        ("finished", torch.int64, r"finished must be bool, got torch\.int64"),
+        ("response_ids", torch.float32, r"response_ids must be integers, got torch\.float32"),
+        ("group_ids", torch.bool, r"group_ids must be integers, got torch\.bool"),
+        ("rollout_log_probs", torch.int64, r"rollout_log_probs must be floating point, got torch\.int64"),
+    ],
+)
+def test_tensors_of_another_kind(name, dtype, message):
+    """A rollout is also made by hand, from another engine's lists: ~finished of integers would be -2 and -1."""
+    r = rollout()
+    fields = {n: getattr(r, n) for n in TENSORS} | {"texts": r.texts}
+    with pytest.raises(TypeError, match=message):
+        Rollout(**{**fields, name: fields[name].to(dtype)})
 
 
 def test_save_and_load(tmp_path):

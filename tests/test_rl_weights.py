@@ -361,6 +361,12 @@ def test_bad_input(kind, message):
         rollout_weights(refused(kind))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_dtype_that_cannot_hold_weights(dtype):
+    with pytest.raises(TypeError, match=f"dtype must be a floating-point torch.dtype or None, got {dtype!r}"):
+        rollout_weights(tiny_model(), dtype=dtype)
+
+
 def test_noise_before_quantization_cannot_be_raw():
     model = noisy(tiny_model(), target="linear")
     with pytest.raises(

@@ -46,13 +46,19 @@ def group_advantages(
 
     Raises:
         ValueError: shapes differ (both are named), N is no multiple of G, a reward is not finite (its index
-            is named), an unknown option.
-        TypeError: group ids that are not integers.
+            is named), an unknown option, an epsilon below 0, or of 0 together with ``constant="rounding"``.
+        TypeError: rewards that are no tensor, group ids that are not integers.
     """
     if norm_by_std not in (True, False, "batch"):
         raise ValueError(f"norm_by_std must be True, False or 'batch', got {norm_by_std!r}")
     check_choice("singleton", singleton, SINGLETON_GROUPS)
     check_choice("constant", constant, CONSTANT_GROUPS)
+    if not 0 <= epsilon < float("inf"):
+        raise ValueError(f"epsilon must be at least 0 and finite, got {epsilon}")
+    if epsilon == 0 and constant == "rounding":
+        raise ValueError(
+            "constant='rounding' divides what is left by a deviation that may be 0; give an epsilon above 0"
+        )
     values = _read_rewards(rewards)
     advantages = torch.zeros_like(values)
     for rows in _rows_of_groups(groups, rewards):
@@ -96,6 +102,8 @@ def informative_groups(rewards: Tensor, groups: Tensor | int) -> Tensor:
 
 def _read_rewards(rewards: Tensor) -> Tensor:
     """(N,) finite rewards on the CPU, fp32 (fp64 if they were)."""
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards must be a tensor, got {type(rewards).__name__}; torch.tensor(rewards) makes one")
     if rewards.dim() != 1:
         raise ValueError(f"rewards must have shape (samples,), got {tuple(rewards.shape)}")
     values = rewards.detach().cpu().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from qnoise.spelling import check_choice
 
 from .continuous import generate_continuously
 from .rollouts import Rollout, collect_noise_state
-from .sampling import RecordingSampler, Sampling
+from .sampling import RecordingSampler, Sampling, check_integer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -99,21 +100,26 @@ def generate_groups(
             are not finite; ``engine="continuous"`` with a model or an attention it cannot run, or
             under autocast.
         RuntimeError: continuous batching failed.
-        TypeError: prompts that are neither all strings nor all lists of ids; a model without ``generate``.
+        TypeError: prompts that are neither all strings nor all lists of ids, a count that is no integer; a model
+            without ``generate``.
     """
     if not callable(getattr(model, "generate", None)):
-        raise TypeError(f"{type(model).__name__} has no generate(); generate_groups needs a model of transformers")
+        inside = ", or give the model inside it (.module)" if hasattr(model, "module") else ""
+        raise TypeError(
+            f"{type(model).__name__} has no generate(); generate_groups needs a model of transformers{inside}"
+        )
     check_choice("engine", engine, ENGINES)
     sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
     _check_counts(num_generations, batch_size)
     encoded = _encode(tokenizer, prompts)
     _check_context(model, encoded, max_new_tokens)
-    eos = _eos_ids(model, tokenizer, eos_token_id)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = embeddings.weight.shape[0]
+    eos = _eos_ids(model, tokenizer, eos_token_id, vocabulary)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     config = _generation_config(model, max_new_tokens, eos, pad)
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device: torch.device = embeddings.weight.device
-    _check_vocabulary(encoded, embeddings.weight.shape[0])
+    _check_vocabulary(encoded, vocabulary)
     prompt_ids, prompt_mask = _pad_left(encoded, pad, device)
 
     count = len(encoded) * num_generations
@@ -244,6 +250,9 @@ def _shared_prefix(model: Any, ids: Tensor, mask: Tensor) -> Any:
 
 
 def _check_counts(num_generations: int, batch_size: int | None) -> None:
+    check_integer("num_generations", num_generations)
+    if batch_size is not None:
+        check_integer("batch_size", batch_size)
     if num_generations < 1:
         raise ValueError(f"num_generations must be at least 1, got {num_generations}")
     if batch_size is not None and batch_size < 1:
@@ -253,6 +262,11 @@ def _check_counts(num_generations: int, batch_size: int | None) -> None:
 def _encode(tokenizer: Any, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
     if isinstance(prompts, str):
         raise TypeError("prompts must be a list of strings or of lists of token ids, got one string")
+    if isinstance(prompts, Mapping):
+        raise TypeError(
+            f"prompts must be a list of strings or of lists of token ids, got a {type(prompts).__name__}; its "
+            "['input_ids'] will do if they are not padded"
+        )
     if len(prompts) == 0:
         raise ValueError("prompts is empty; give at least one prompt")
     if all(isinstance(prompt, str) for prompt in prompts):
@@ -260,11 +274,26 @@ def _encode(tokenizer: Any, prompts: Sequence[str] | Sequence[Sequence[int]]) ->
     elif any(isinstance(prompt, str) for prompt in prompts):
         raise TypeError("prompts mixes strings and lists of token ids; give one kind")
     else:
-        encoded = [[int(token) for token in prompt] for prompt in prompts]
+        encoded = [_token_ids(index, prompt) for index, prompt in enumerate(prompts)]  # type: ignore[arg-type]
     for index, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts[{index}] = {prompts[index]!r} has no tokens; there is nothing to continue")
     return encoded
+
+
+def _token_ids(index: int, prompt: Sequence[int]) -> list[int]:
+    if not hasattr(prompt, "__iter__"):
+        raise TypeError(f"prompts[{index}] is {prompt!r}; give strings or lists of token ids, a list for each prompt")
+    ids = []
+    for token in prompt:
+        try:
+            ids.append(operator.index(token))
+        except TypeError as error:
+            raise TypeError(
+                f"prompts[{index}] holds {token!r}, which is no token id; give strings, or lists of ids such as "
+                "tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) returns"
+            ) from error
+    return ids
 
 
 def _check_context(model: Any, encoded: list[list[int]], max_new_tokens: int) -> None:
@@ -288,11 +317,12 @@ def _check_vocabulary(encoded: list[list[int]], size: int) -> None:
             )
 
 
-def _eos_ids(model: Any, tokenizer: Any, given: int | Sequence[int] | None) -> list[int]:
+def _eos_ids(model: Any, tokenizer: Any, given: int | Sequence[int] | None, vocabulary: int) -> list[int]:
+    if given is not None:
+        return _given_eos_ids(given, vocabulary)
     found: set[int] = set()
     own = getattr(model, "generation_config", None)
-    sources = (given,) if given is not None else (getattr(own, "eos_token_id", None), tokenizer.eos_token_id)
-    for source in sources:
+    for source in (getattr(own, "eos_token_id", None), tokenizer.eos_token_id):
         if source is not None:
             found.update([source] if isinstance(source, int) else source)
     if not found:
@@ -300,6 +330,20 @@ def _eos_ids(model: Any, tokenizer: Any, given: int | Sequence[int] | None) -> l
             "neither tokenizer.eos_token_id nor model.generation_config.eos_token_id is set, so no response "
             "could end; set one or pass eos_token_id"
         )
+    return sorted(found)
+
+
+def _given_eos_ids(given: int | Sequence[int], vocabulary: int) -> list[int]:
+    several: Any = given if hasattr(given, "__iter__") and not isinstance(given, str) else [given]
+    try:
+        found = {operator.index(token) for token in several}
+    except TypeError as error:
+        raise TypeError(f"eos_token_id must be an integer or several, got {given!r}") from error
+    if not found:
+        raise ValueError("eos_token_id is empty, so no response could end; name one, or leave it None")
+    for token in found:
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"eos_token_id {token} is no token of the model, which knows 0 … {vocabulary - 1} only")
     return sorted(found)
 
 

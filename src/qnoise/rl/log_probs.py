@@ -44,7 +44,9 @@ def token_log_probs(
             works, and its weights get their gradients. A head that is trained is called again in the backward.
             Of a frozen one the gradient with respect to ``hidden`` is formed at once and kept in the place of
             the logits; only a gradient through the entropy calls it again. Use ``torch.no_grad`` where no
-            gradient is wanted.
+            gradient is wanted. What a model does to its logits behind the head (``final_logit_softcapping`` of
+            Gemma 2, ``logit_scale`` of Cohere, ``logits_scaling`` of Granite) is not in the head: give a module
+            that does both.
         chunk_rows: rows at a time; None chooses about 16 million logits.
 
     Returns:
@@ -56,7 +58,7 @@ def token_log_probs(
         ValueError: ``ids`` does not have the shape of ``logits`` without its last dimension (both are named),
             an id outside 0 … V−1 (on a CPU; elsewhere the device reports it), a temperature that is not
             positive and finite, ``chunk_rows`` < 1.
-        TypeError: logits that are not floating point or ids that are not integers.
+        TypeError: logits that are not floating point, ids that are not integers, a head that is no module.
     """
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
@@ -66,6 +68,11 @@ def token_log_probs(
         raise ValueError(
             f"ids has shape {tuple(ids.shape)} but {'logits' if lm_head is None else 'hidden'} has shape "
             f"{tuple(logits.shape)}; ids must have that shape without the last dimension"
+        )
+    if lm_head is not None and not isinstance(lm_head, nn.Module):
+        raise TypeError(
+            f"lm_head must be the head as a module (model.get_output_embeddings()), got {type(lm_head).__name__}: a "
+            "weight alone knows nothing of a bias, an adapter or quantization"
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")

@@ -17,6 +17,7 @@ from ..spelling import check_choice
 from .padding import (
     as_mask,
     check_float_matrix,
+    check_other_log_probs,
     check_same_shape,
     compute_dtype,
     keep_or_zero,
@@ -97,12 +98,12 @@ def dapo_loss(
 
     Raises:
         ValueError: shapes that do not match (both tensors and shapes are named), an unknown mode or level, a
-            clip range that is negative, ``clip_ratio_c`` ≤ 1.
-        TypeError: ``log_prob`` is not floating point.
+            clip range that is negative, ``clip_ratio_c`` ≤ 1, and what :func:`agg_loss` refuses.
+        TypeError: ``log_prob`` or ``old_log_prob`` is not floating point.
     """
     check_float_matrix("log_prob", log_prob)
     if old_log_prob is not None:
-        check_same_shape("old_log_prob", old_log_prob, "log_prob", log_prob)
+        check_other_log_probs("old_log_prob", old_log_prob, "log_prob", log_prob)
     if not 0 <= clip_ratio_low <= 1:
         raise ValueError(f"clip_ratio_low must be between 0 and 1, got {clip_ratio_low}")
     if not clip_ratio_high >= 0:
@@ -244,7 +245,8 @@ def agg_loss(
         0-d tensor; 0 (with gradient 0) when everything is masked.
 
     Raises:
-        ValueError: shapes differ, an unknown mode, a negative number of items, a scale that is not positive.
+        ValueError: shapes differ, an unknown mode, a number of items that is negative or not one number, a scale
+            that is not positive or given to a mode without one.
     """
     check_float_matrix("loss_mat", loss_mat)
     check_same_shape("loss_mask", loss_mask, "loss_mat", loss_mat)
@@ -268,10 +270,19 @@ def _divisor(
 
     ``counts`` is (B, 1), the kept tokens of each sequence out of ``length``.
     """
+    if scale is not None and mode != "seq-mean-token-sum-norm":
+        raise ValueError(
+            f"loss_scale_factor={scale} has no place in loss_agg_mode={mode!r}; only 'seq-mean-token-sum-norm' takes it"
+        )
+    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1:
+        raise ValueError(
+            f"num_items_in_batch must be one number, got shape {tuple(num_items_in_batch.shape)}; for 'token-mean' "
+            "it is response_mask.sum() of the whole batch"
+        )
     if num_items_in_batch is None:
         items = (counts if mode == "token-mean" else counts > 0).sum()
     elif isinstance(num_items_in_batch, Tensor):
-        items = num_items_in_batch
+        items = num_items_in_batch.reshape(())
     elif num_items_in_batch >= 0:
         items = torch.full((), num_items_in_batch, dtype=dtype, device=counts.device)
     else:
@@ -314,9 +325,10 @@ def kl_penalty(
 
     Raises:
         ValueError: shapes differ or ``kind`` is unknown.
+        TypeError: log-probabilities that are not floating point.
     """
     check_float_matrix("log_prob", log_prob)
-    check_same_shape("ref_log_prob", ref_log_prob, "log_prob", log_prob)
+    check_other_log_probs("ref_log_prob", ref_log_prob, "log_prob", log_prob)
     check_choice("kind", kind, KL_KINDS)
     dtype = compute_dtype(log_prob)
     new, ref = log_prob.to(dtype), ref_log_prob.detach().to(dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..spelling import check_choice
-from .padding import as_mask, check_float_matrix, check_same_shape, compute_dtype, keep_or_zero, mean_of_kept
+from .padding import as_mask, check_float_matrix, check_other_log_probs, compute_dtype, keep_or_zero, mean_of_kept
 
 WEIGHT_LEVELS = ("token", "sequence")
 WEIGHT_MODES = ("truncate", "mask")
@@ -52,6 +52,7 @@ def rollout_is_weights(
     Raises:
         ValueError: shapes differ (both are named), an unknown level or mode, bounds that are negative or
             crossed.
+        TypeError: log-probabilities that are not floating point.
     """
     check_choice("mode", mode, WEIGHT_MODES)
     _check_bounds(level, upper, lower)
@@ -113,6 +114,7 @@ def mismatch_metrics(
 
     Raises:
         ValueError: shapes differ (both are named), an unknown level, bounds that are negative or crossed.
+        TypeError: log-probabilities that are not floating point.
     """
     _check_bounds(level, upper, lower)
     with torch.no_grad():
@@ -190,7 +192,7 @@ def _check_bounds(level: str, upper: float | None, lower: float | None) -> None:
 def _log_ratio(train: Tensor, rollout: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T) log(train/rollout), 0 in padding and without gradient, and the mask as booleans."""
     check_float_matrix("log_prob_train", train)
-    check_same_shape("log_prob_rollout", rollout, "log_prob_train", train)
+    check_other_log_probs("log_prob_rollout", rollout, "log_prob_train", train)
     keep = as_mask(response_mask, "log_prob_train", train)
     dtype = compute_dtype(train, rollout)
     return keep_or_zero(train.detach(), keep, dtype) - keep_or_zero(rollout.detach(), keep, dtype), keep

@@ -28,6 +28,13 @@ def check_float_matrix(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have shape (batch, tokens), got {tuple(tensor.shape)}")
 
 
+def check_other_log_probs(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless ``tensor`` is floating point (token ids have the same shape) and has the shape of ``other``."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    check_same_shape(name, tensor, other_name, other)
+
+
 def as_mask(response_mask: Tensor, name: str, like: Tensor) -> Tensor:
     """The mask as booleans, True = keep; bool, int and float masks are accepted, nonzero means keep."""
     check_same_shape("response_mask", response_mask, name, like)

@@ -25,6 +25,9 @@ _NUMBER = re.compile(
 # A minus is a sign when it touches the number (a currency symbol may stand between) and no operand is before.
 _MINUS_BEFORE = re.compile(r"(?:^|[^\w.)\]}%\-−–])(?:[-−–](?:[$€£¥₹] ?)?|[$€£¥₹] ?[-−–])$")
 _FINAL = re.compile(r"####[ \t\xa0]{0,8}(?:[-−–+](?:[$€£¥₹] ?)?|[$€£¥₹] ?[-−–]?)?(?=[.0-9])")
+# TeX: a fraction, and the comma between thousands.
+_TEX_FRACTION = re.compile(r"(\w?)\\[dt]?frac ?\{([0-9]{1,30})\} ?\{([0-9]{1,30})\}")
+_TEX_COMMA = re.compile(r"(?<=[0-9])\{,\}(?=[0-9])")
 _LONGEST = 400  # digits; a longer number is not an answer, and Python refuses to read one of 4,300
 
 
@@ -39,8 +42,8 @@ def gsm8k_reward(completions: Sequence[str], answers: Sequence[str], mode: str =
             ends with "#### 42".
         mode: "strict": the number of the last ``#### N`` of the completion, on the same line; without one the
             reward is 0. "flexible": the last number of the completion. Both read thousands commas, decimals
-            (also ``.5``), negatives, fractions and mixed numbers (2 3/4), and ignore currency symbols,
-            percent signs and units.
+            (also ``.5``), negatives, fractions and mixed numbers (2 3/4), these also in TeX (``\\frac{1}{2}``,
+            ``1{,}234``), and ignore currency symbols, percent signs and units.
 
     Returns:
         (N,) fp32 tensor of 0.0 and 1.0 on the CPU.
@@ -91,12 +94,15 @@ def soft_overlong_punishment(
         (N,) fp32, ≤ 0, on the device of ``lengths``.
 
     Raises:
-        ValueError: a buffer outside 1 … max_length or a negative factor.
+        ValueError: a buffer outside 1 … max_length, a factor that is negative or not finite.
+        TypeError: lengths that are no tensor.
     """
     if not 1 <= buffer_length <= max_length:
         raise ValueError(f"buffer_length must be between 1 and max_length={max_length}, got {buffer_length}")
-    if not penalty_factor >= 0:
-        raise ValueError(f"penalty_factor must be at least 0, got {penalty_factor}")
+    if not 0 <= penalty_factor < float("inf"):
+        raise ValueError(f"penalty_factor must be at least 0 and finite, got {penalty_factor}")
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}; torch.tensor(lengths) makes one")
     excess = (lengths.to(torch.float32) - (max_length - buffer_length)).clamp_min(0.0)
     punishment = -excess / buffer_length * penalty_factor
     return punishment.clamp_min(-penalty_factor) if floored else punishment
@@ -106,8 +112,9 @@ def _gold_number(index: int, answer: str) -> Fraction:
     if "####" in answer:
         value = _final_number(answer)
     else:
-        found = list(_numbers(answer))
-        value = _value(answer, found[0]) if len(found) == 1 else None
+        plain = _without_tex(answer)
+        found = list(_numbers(plain))
+        value = _value(plain, found[0]) if len(found) == 1 else None
     if value is None:
         shown = answer if len(answer) <= 200 else "…" + answer[-200:]
         raise ValueError(
@@ -119,7 +126,7 @@ def _gold_number(index: int, answer: str) -> Fraction:
 
 def _final_number(text: str) -> Fraction | None:
     """The number of the last ``#### N``, None if there is none."""
-    value = None
+    text, value = _without_tex(text), None
     for lead in _FINAL.finditer(text):
         match = _NUMBER.match(text, lead.end())
         if match:
@@ -128,8 +135,15 @@ def _final_number(text: str) -> Fraction | None:
 
 
 def _last_number(text: str) -> Fraction | None:
+    text = _without_tex(text)
     last = deque(_numbers(text), maxlen=1)
     return _value(text, last[0]) if last else None
+
+
+def _without_tex(text: str) -> str:
+    r"""``\frac{1}{2}`` as 1/2, what stands before it kept apart (2\frac{3}{4} is 2 3/4), and ``1{,}234`` as 1,234."""
+    text = _TEX_FRACTION.sub(lambda match: f"{match[1]}{' ' if match[1] else ''}{match[2]}/{match[3]}", text)
+    return _TEX_COMMA.sub(",", text)
 
 
 def _numbers(text: str) -> Iterator[re.Match[str]]:

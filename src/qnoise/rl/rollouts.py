@@ -55,9 +55,11 @@ class Rollout:
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.response_ids.dim() != 2:
+            raise ValueError(f"response_ids must have shape (samples, tokens), got {tuple(self.response_ids.shape)}")
         count = self.response_ids.shape[0]
         for name in _TENSORS:
-            if getattr(self, name).shape[0] != count:
+            if getattr(self, name).shape[:1] != (count,):
                 raise ValueError(
                     f"{name} has shape {tuple(getattr(self, name).shape)} but response_ids has shape "
                     f"{tuple(self.response_ids.shape)}; the first dimensions must be equal"
@@ -75,6 +77,16 @@ class Rollout:
             )
         if len(self.texts) != count:
             raise ValueError(f"{len(self.texts)} texts but response_ids has shape {tuple(self.response_ids.shape)}")
+        for name in _TENSORS:
+            dtype = getattr(self, name).dtype
+            if name in ("prompt_mask", "response_mask", "finished"):
+                fits, kind = dtype == torch.bool, "bool"
+            elif name == "rollout_log_probs":
+                fits, kind = dtype.is_floating_point, "floating point"
+            else:
+                fits, kind = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool), "integers"
+            if not fits:
+                raise TypeError(f"{name} must be {kind}, got {dtype}")
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]
@@ -100,7 +112,9 @@ class Rollout:
         return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
 
     def to(self, device: torch.device | str) -> Rollout:
-        """The same rollout with every tensor on ``device``."""
+        """The same rollout with every tensor on ``device``; TypeError for a dtype."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"to() takes a device, got {device}: ids, masks and log-probabilities keep their dtypes")
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
     def select(self, mask: Tensor) -> Rollout:
@@ -109,13 +123,16 @@ class Rollout:
         Group ids keep their values and T stays as it is.
 
         Raises:
-            ValueError: a mask of another length, an index out of range. TypeError: neither bool nor integer.
+            ValueError: a mask of another length, an index out of range. TypeError: neither bool nor integer (uint8
+                is neither: torch takes it for a mask in one place and for an index in another).
         """
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"select takes a (N,) bool mask or integer index, got {type(mask).__name__}")
         if mask.dtype == torch.bool:
             if mask.shape != (len(self),):
                 raise ValueError(f"mask has shape {tuple(mask.shape)} but the rollout holds {len(self)} samples")
             index = mask.nonzero().flatten()
-        elif mask.is_floating_point() or mask.is_complex() or mask.dim() != 1:
+        elif mask.is_floating_point() or mask.is_complex() or mask.dtype == torch.uint8 or mask.dim() != 1:
             raise TypeError(f"select takes a (N,) bool mask or integer index, got {tuple(mask.shape)} {mask.dtype}")
         else:
             index = mask.long()
@@ -133,8 +150,10 @@ class Rollout:
         """``n`` consecutive parts whose sizes differ by one at most (micro-batches); all keep P and T.
 
         Raises:
-            ValueError: ``n`` is below 1 or above the number of samples.
+            ValueError: ``n`` is below 1 or above the number of samples. TypeError: ``n`` is no integer.
         """
+        if not isinstance(n, int):
+            raise TypeError(f"split() takes a number of parts, got {n!r}")
         if not 1 <= n <= len(self):
             raise ValueError(f"a rollout of {len(self)} samples can be split into 1 … {len(self)} parts, not {n}")
         return tuple(self.select(part) for part in torch.arange(len(self)).tensor_split(n))

@@ -10,15 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+def check_integer(name: str, value: object) -> None:
+    """Raise ``TypeError`` naming the argument unless it is an integer."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; ValueError for what is out of range."""
+    """How tokens are drawn; ValueError for what is out of range, TypeError for what is no number."""
 
     temperature: float  #: 0 decodes greedily
     top_p: float  #: 1.0 keeps everything
@@ -27,6 +34,14 @@ class Sampling:
     max_new_tokens: int  #: of a response, its end included
 
     def __post_init__(self) -> None:
+        # Plain numbers, because they are saved as JSON with a rollout.
+        for name in ("top_k", "seed", "max_new_tokens"):
+            check_integer(name, getattr(self, name))
+            object.__setattr__(self, name, int(getattr(self, name)))
+        for name in ("temperature", "top_p"):
+            if not isinstance(getattr(self, name), Real):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.temperature < float("inf"):

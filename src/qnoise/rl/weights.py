@@ -79,8 +79,11 @@ def rollout_weights(
             merged into the weights already while ``merge_adapters=False``; noise on a linear with
             ``quantized=False``; tied parameters that differ in effect; weights out of reach (offloaded,
             FSDP1) or stored by another quantization library.
+        TypeError: ``dtype`` is no floating-point dtype.
         RuntimeError: while iterating: the noise is no longer what it was at the call.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
     if getattr(model, "prompt_encoder", None):
         raise ValueError(
             f"{type(model).__name__} holds a learned prompt (prompt or prefix tuning), which is no weight of the stock "
