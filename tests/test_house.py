@@ -17,8 +17,9 @@ FLOORS: dict[str, int] = {
     "kernels": 2, "ops": 2, "functional": 2,
     "nn": 3,
     "config": 4, "targets": 4, "patch": 4, "summary": 4,
-    "noise_control": 5, "rl": 5,
-    "__init__": 7,
+    "noise_control": 5, "rl": 5, "sensitivity": 5,
+    "cli": 6,
+    "__init__": 7, "__main__": 7,
 }  # fmt: skip
 
 
