@@ -974,25 +974,36 @@ static void *run_task(void *task)
     return 0;
 }
 
-/* Split the units of `job` over at most `threads` threads. A thread that cannot be started is done here instead. */
+/* Split the units of `job` over at most `threads` threads. With OpenMP they are those of torch's own pool, if torch's
+   runtime is the one this file is linked with: others would compete with its workers, which spin after each operation.
+   Without OpenMP, a thread that cannot be started is done here instead. */
 static void run(RangeFunction *function, const Job *job, int64_t units, int threads)
 {
     Task tasks[MAX_THREADS];
-    pthread_t ids[MAX_THREADS];
-    int started[MAX_THREADS];
     threads = threads > MAX_THREADS ? MAX_THREADS : threads < 1 ? 1 : threads;
-    for (int i = threads - 1; i >= 0; i--) {
+    for (int i = 0; i < threads; i++) {
         tasks[i].function = function;
         tasks[i].job = *job;
         tasks[i].job.first = units * i / threads;
         tasks[i].job.last = units * (i + 1) / threads;
-        started[i] = i > 0 && pthread_create(&ids[i], 0, run_task, &tasks[i]) == 0;
+    }
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int i = 0; i < threads; i++)
+        run_task(&tasks[i]);
+#else
+    pthread_t ids[MAX_THREADS];
+    int started[MAX_THREADS] = {0};
+    for (int i = 1; i < threads; i++) {
+        started[i] = pthread_create(&ids[i], 0, run_task, &tasks[i]) == 0;
         if (!started[i])
             run_task(&tasks[i]);
     }
+    run_task(&tasks[0]);
     for (int i = 1; i < threads; i++)
         if (started[i])
             pthread_join(ids[i], 0);
+#endif
 }
 
 /* ---- what native.py calls; a block may be written where it was read ---- */

@@ -43,8 +43,9 @@ _FLAGS = (
     "-std=gnu11", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-ffp-contract=off", "-fno-fast-math",
     "-fno-strict-aliasing", "-fvisibility=hidden", "-fPIC", "-shared", "-pthread",
 )  # fmt: skip
-# The processor's own instructions, where the compiler knows how to ask for them.
-_TUNINGS = (("-march=native",), ("-mcpu=native",), ())
+# The processor's own instructions and torch's own threads, where the compiler knows how to ask for them.
+_PROCESSORS = (("-march=native",), ("-mcpu=native",), ())
+_TUNINGS = tuple((*processor, *threads) for threads in (("-fopenmp",), ()) for processor in _PROCESSORS)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ROUNDINGS = {name: number for number, name in enumerate(ROUNDINGS)}
