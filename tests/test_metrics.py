@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from qnoise.formats import FORMATS, QuantSpec
+from qnoise.formats import E2M1, FORMATS, QuantSpec
 from qnoise.functional import fake_quantize
-from qnoise.metrics import error_report
+from qnoise.metrics import decompose, error_report, split_error
 
 KEYS = {"sqnr_db", "relative_rms", "mean_relative_error", "deadzone", "clipped", "max_abs_error"}
 PERFECT = {
@@ -115,3 +115,79 @@ def test_errors():
         error_report([0.0], x, "mxfp4")
     with pytest.raises(ValueError, match="Did you mean 'mxfp4'"):
         error_report(x, x, "mxfp44")
+
+
+def gaussian(sigma: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(512, 1024, generator=torch.Generator().manual_seed(seed)) * sigma
+
+
+def test_the_parts_of_an_error_worked_by_hand():
+    # Ideal scale 5/6, on whose grid 5 is exact, 2 becomes 2 * 5/6, and 0.2 is dead. Q has the scale 1
+    # (rceil): 5 is a tie and becomes 4, and 2 is exact.
+    x = torch.tensor([[5.0, 2.0, 0.2, -0.2]])
+    x_hat = fake_quantize(x, QuantSpec("mxfp4", "rceil"))
+    assert x_hat.tolist() == [[4.0, 2.0, 0.0, -0.0]]
+    bias, dead, grid, is_dead = split_error(x, x_hat, E2M1)
+    ideal = torch.tensor([[5.0, 2 * 5 / 6, 0.0, 0.0]])
+    torch.testing.assert_close(bias, x_hat - ideal)
+    torch.testing.assert_close(dead, torch.tensor([[0.0, 0.0, -0.2, 0.2]]))
+    torch.testing.assert_close(grid, torch.tensor([[0.0, 2 * 5 / 6 - 2, 0.0, 0.0]]))
+    assert is_dead.tolist() == [[False, False, True, True]]
+    parts = decompose(x, "mxfp4")
+    error = 1 + 0.08
+    assert parts["scale_bias"] == pytest.approx((1 + (1 / 3) ** 2) / error, rel=1e-6)
+    assert parts["deadzone"] == pytest.approx(0.08 / error, rel=1e-6)
+    assert parts["grid"] == pytest.approx((1 / 3) ** 2 / error, rel=1e-6)
+    assert parts["dead"] == 0.5
+    assert parts["inflation"] == pytest.approx(math.log2(6 / 5), rel=1e-6)
+
+
+@pytest.mark.parametrize("octave", [0.0, 0.25, 0.5, 0.75])
+def test_the_published_decomposition_of_gaussian_data(octave):
+    """arXiv 2605.20402: 1.69-1.77, .02, .71-.75 and a cosine of about -.65; 7.7 % dead."""
+    parts = decompose(gaussian(2.0**octave), "mxfp4")
+    assert 1.69 < parts["scale_bias"] < 1.78
+    assert 0.019 < parts["deadzone"] < 0.0215
+    assert 0.70 < parts["grid"] < 0.755
+    assert -0.675 < parts["cosine"] < -0.645
+    assert parts["cosine_deadzone"] == 0.0
+    assert parts["dead"] == pytest.approx(0.077, abs=0.0015)
+    assert 0.4 < parts["inflation"] < 0.6
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_parts_add_up_in_every_mode(fmt):
+    for mode in FORMATS[fmt].scale_modes:
+        spec = QuantSpec(fmt, mode)
+        for x in (gaussian(0.7)[:32, :80], gaussian(0.02)[:32, :80].bfloat16()):
+            parts = decompose(x, spec)
+            s, d, g = parts["scale_bias"], parts["deadzone"], parts["grid"]
+            total = s + d + g + 2 * parts["cosine"] * math.sqrt(s * g) + 2 * parts["cosine_deadzone"] * math.sqrt(s * d)
+            assert total == pytest.approx(1, abs=1e-5), spec
+            if mode in ("rceil", "ceil"):
+                assert parts["cosine_deadzone"] == 0, spec
+
+
+def test_the_format_and_axis_of_a_decomposition():
+    x = gaussian()[:64, :96]
+    assert decompose(x, "mxfp4") == decompose(x, QuantSpec("mxfp4", "rceil")) != decompose(x, QuantSpec("mxfp4"))
+    assert decompose(x, "nvfp4") == decompose(x, QuantSpec("nvfp4"))
+    assert decompose(x.T, "mxfp4", axis=0) == pytest.approx(decompose(x, "mxfp4"), rel=1e-9)
+    assert decompose(x, "nvfp4", amax=torch.tensor(40.0)) != decompose(x, "nvfp4")
+    with pytest.raises(ValueError, match="rounds 'stochastic'"):
+        decompose(x, QuantSpec("mxfp4", rounding="stochastic"))
+    with pytest.raises(TypeError, match="x must be .* torch.int64"):
+        decompose(x.long(), "mxfp4")
+
+
+def test_a_decomposition_of_nothing():
+    for x in (torch.zeros(3, 40), torch.zeros(0, 40), torch.tensor(3.0), torch.full((4, 32), 6.0)):
+        parts = decompose(x, "mxfp4")
+        assert all(parts[key] == 0 for key in ("scale_bias", "deadzone", "grid", "cosine", "dead")), x
+    assert math.isnan(decompose(torch.tensor([1.0, math.nan]), "mxfp4")["grid"])
+
+
+@pytest.mark.parametrize("k", [-100, 60])
+def test_a_decomposition_does_not_depend_on_the_magnitude(k):
+    x = gaussian()[:16, :64]
+    assert decompose(x * 2.0**k, "mxfp4") == pytest.approx(decompose(x, "mxfp4"), rel=1e-9)

@@ -12,6 +12,7 @@ from qnoise.nn import FakeQuantLinear, NoisyRMSNorm
 from qnoise.noise_control import NoiseScheduler
 from qnoise.packing import BlockQuantized
 from qnoise.patch import bake, full_precision, patch_model, phase, quiet, refresh, state, unpatch_model
+from qnoise.sensitivity import Plan, ScanReport, scan
 from qnoise.summary import PatchSummary, summary
 
 __version__ = "0.1.0.dev0"
@@ -26,7 +27,9 @@ __all__ = [
     "NoisyRMSNorm",
     "PatchConfig",
     "PatchSummary",
+    "Plan",
     "QuantSpec",
+    "ScanReport",
     "bake",
     "fake_quantize",
     "full_precision",
@@ -38,6 +41,7 @@ __all__ = [
     "refresh",
     "register_format",
     "rl",
+    "scan",
     "schedules",
     "state",
     "summary",
