@@ -1,7 +1,7 @@
 """The `qnoise` command, also `python -m qnoise`.
 
-    qnoise env          versions, devices, and which code serves fake quantization on each
-    qnoise env --json   the same for a script
+qnoise env          versions, devices, and which code serves fake quantization on each
+qnoise env --json   the same for a script
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ import torch
 import qnoise
 from qnoise import ops
 
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "safetensors", "accelerate", "trl", "compressed-tensors")
+_PACKAGES = (
+    *("torch", "triton", "numpy", "transformers", "peft", "safetensors"),
+    *("accelerate", "trl", "compressed-tensors"),
+)
 
 
 def environment() -> dict[str, Any]:
     """What this installation runs on.
 
     Returns:
-        "qnoise" and "python" (versions), "packages" (name -> version, None if not installed), "threads" (of torch on the
-        CPU) and "devices" (name -> "hardware", None where unknown, and "backend": what serves `fake_quantize` there
-        and why no faster code does).
+        "qnoise" and "python" (versions), "packages" (name -> version, None if not installed), "threads" (of torch on
+        the CPU) and "devices" (name -> "hardware", None where unknown, and "backend": what serves `fake_quantize`
+        there and why no faster code does).
     """
     devices: dict[str, dict[str, str | None]] = {"cpu": {"hardware": _processor(), "backend": ops.backend("cpu")}}
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
