@@ -33,7 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Linears that serving engines fuse into one matrix, hence keep one per-tensor scale for: attention's inputs, the gated
 # MLP's inputs (in two namings), and the two down-projections of multi-head latent attention.
-_SIBLINGS = (
+SIBLINGS = (
     frozenset({"q_proj", "k_proj", "v_proj"}),
     frozenset({"query", "key", "value"}),
     frozenset({"gate_proj", "up_proj"}),
@@ -357,7 +357,7 @@ def _fused_groups(decisions: list[Decision]) -> list[list[nn.Module]]:
         if d.reason or spec is None or not spec.per_tensor_scale:
             continue
         parent, _, leaf = d.name.rpartition(".")
-        for siblings in _SIBLINGS:
+        for siblings in SIBLINGS:
             if leaf in siblings:
                 groups.setdefault((parent, siblings, spec), []).append(d.module)
     return [group for group in groups.values() if len(group) > 1]

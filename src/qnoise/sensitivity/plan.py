@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qnoise.formats import QuantSpec, as_spec
-from qnoise.patch import _SIBLINGS
+from qnoise.patch import SIBLINGS
 from qnoise.sensitivity.plain_json import dumps, loads
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _units(by_name: Mapping[str, Mapping[QuantSpec, ScanRow]], specs: Sequence[Q
     groups: dict[Any, list[str]] = {}
     for name in by_name:
         parent, _, leaf = name.rpartition(".")
-        siblings = next((each for each in _SIBLINGS if leaf in each), None)
+        siblings = next((each for each in SIBLINGS if leaf in each), None)
         groups.setdefault((parent, siblings) if siblings else name, []).append(name)
     units = []
     for names in groups.values():
