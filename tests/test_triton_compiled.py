@@ -78,6 +78,7 @@ def test_everything_is_recorded() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # some 200 kernels, a second each on a machine of its own
 @pytest.mark.parametrize("target", TARGETS)
 def test_all_of_it(target: str) -> None:
     for fmt, block in FORMATS.items():
