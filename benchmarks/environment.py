@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from qnoise import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "tokenizers")
 PEERS = ("triton", "torchao", "compressed-tensors", "trl", "verl", "liger-kernel")
@@ -75,12 +77,7 @@ def device() -> str:
     """The processor or GPU a run used."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.is_file():
-        for line in cpu_info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return cli.processor() or ""
 
 
 def git_commit() -> str:

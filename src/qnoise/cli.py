@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
         the CPU) and "devices" (name -> "hardware", None where unknown, and "backend": what serves `fake_quantize`
         there and why no faster code does).
     """
-    devices: dict[str, dict[str, str | None]] = {"cpu": {"hardware": _processor(), "backend": ops.backend("cpu")}}
+    devices: dict[str, dict[str, str | None]] = {"cpu": {"hardware": processor(), "backend": ops.backend("cpu")}}
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     for index in range(torch.accelerator.device_count() if kind is not None else 0):
         device = f"{kind}:{index}"
@@ -80,7 +80,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str | None:
+def processor() -> str | None:
+    """The CPU's name, or its architecture where the system does not tell; None where it tells neither."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
