@@ -176,6 +176,9 @@ def shortest_path(listing: str) -> Counter[str]:
     A branch is taken or not, whichever is shorter: this leaves out the care for the ends of the number range (slow
     paths of divisions, rare blocks) and runs a loop once. Masks are predicates, not branches, so no load or store is
     left out. Uniform-datapath instructions are issued once for a warp and are counted like the others.
+
+    Raises:
+        ValueError: no way leads to an EXIT.
     """
     names: list[tuple[str, str, bool]] = []
     labels: dict[str, int] = {}
@@ -196,15 +199,18 @@ def shortest_path(listing: str) -> Counter[str]:
             if name == "EXIT" and not predicated:
                 best, goal = 1.0, -1
             else:
-                if name == "BRA":
-                    jump = labels[re.search(r"`\((\S+)\)", operands)[1]]
+                jump = re.search(r"`\((\S+)\)", operands)
+                # ptxas also leaves a loop by a CALL to a label of the same kernel; `$…` is a function, a slow path.
+                if name == "BRA" or (name == "CALL" and jump and jump[1].startswith(".L")):
                     # `@P0 BRA` has its predicate in front, `BRA.DIV UR4, …` and `BRA P0, …` among the operands.
-                    goals = [i + 1, jump] if predicated or "," in operands else [jump]
+                    goals = [i + 1, labels[jump[1]]] if predicated or "," in operands else [labels[jump[1]]]
                 elif name in ("CALL", "RET", "BRX", "JMX"):
-                    goals = []
+                    goals = [i + 1] if predicated else []
                 best, goal = min(((1 + distance[g], g) for g in goals), default=(math.inf, -1))
             if best < distance[i]:
                 distance[i], follow[i], changed = best, goal, True
+    if math.isinf(distance[0]):
+        raise ValueError("no way leads from the entry of this SASS listing to its end")
     path: Counter[str] = Counter()
     i = 0
     while i >= 0:

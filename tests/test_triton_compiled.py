@@ -78,7 +78,7 @@ def test_everything_is_recorded() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)  # some 200 kernels, a second each on a machine of its own
+@pytest.mark.timeout(1200)  # some 200 kernels, half a second each on a machine of its own
 @pytest.mark.parametrize("target", TARGETS)
 def test_all_of_it(target: str) -> None:
     for fmt, block in FORMATS.items():
@@ -147,6 +147,26 @@ def test_the_shortest_path() -> None:
         /*00a0*/                   NOP ;
 """
     assert shortest_path(listing) == Counter(["LDG", "EXIT", "BRA", "FMUL", "BRA", "STG", "EXIT"])
+
+
+def test_a_loop_left_by_a_call() -> None:
+    """ptxas ends a loop with a predicated CALL to a label, and puts slow paths into functions behind a branch."""
+    listing = """
+.L_x_2:
+        /*0000*/                   FMUL R1, R1, R2 ;
+        /*0010*/              @!P3 CALL.REL.NOINC `(.L_x_1) ;
+        /*0020*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/               @P2 BRA `(.L_x_5) ;
+        /*0040*/                   CALL.REL.NOINC `($slow) ;
+.L_x_5:
+        /*0050*/                   EXIT ;
+$slow:
+        /*0060*/                   RET.REL.NODEC R2 `(_kernel) ;
+"""
+    assert shortest_path(listing) == Counter(["FMUL", "CALL", "BRA", "EXIT"])
+    with pytest.raises(ValueError, match="no way leads"):
+        shortest_path(listing.replace("CALL.REL.NOINC `(.L_x_1)", "CALL.REL.NOINC `($slow)"))
 
 
 def test_which_formats_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
