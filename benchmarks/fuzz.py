@@ -1,10 +1,12 @@
 """Bit patterns against the reference: `python -m benchmarks.fuzz --values 1e8`.
 
-Every format, scale mode, rounding and dtype in turn, on inputs that a normal distribution never gives: random bits
+Every format, scale mode, rounding and dtype in turn, and specs with a rotation, macro-blocks and a second pass over the
+residual, on inputs that a normal distribution never gives: random bits
 (NaN, Inf and subnormals among them), blocks within a few binades of a random exponent up to both ends of fp32, and
 numbers on, just below and just above ties. Shapes are ragged, per-tensor divisors come from the tensor, one a row, or
 from an arbitrary amax. Compared are the values of `fake_quantize_rows`, the codes and scale bytes of `quantize_rows`,
-and the values of `dequantize_rows`: equal bits, the sign of zero included, or NaN in both.
+and the values of `dequantize_rows`: equal bits, the sign of zero included, or NaN in both. Macro-blocks and residuals
+have values only.
 
 Each round is a function of (seed, round number): `--first N --rounds 1` repeats the one that is reported. Writes
 benchmarks/results/fuzz.json; exits with 1 where anything differs.
@@ -28,12 +30,27 @@ from qnoise.formats import FORMATS, ROUNDINGS, QuantSpec
 from qnoise.kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16)
-SPECS = [
+PLAIN = [
     QuantSpec(fmt, mode, rounding)
     for fmt, block in FORMATS.items()
     for mode in block.scale_modes
     for rounding in ROUNDINGS
 ]
+AROUND = [
+    *(QuantSpec(fmt, rotation="hadamard") for fmt in FORMATS),
+    *(QuantSpec(fmt, macro_block=128) for fmt, block in FORMATS.items() if not block.per_tensor_scale),
+    *(QuantSpec(fmt, residual=0.5) for fmt in FORMATS),
+    QuantSpec("nvfp4", "mse", "half_away", rotation="hadamard"),
+    QuantSpec("nvfp4", "four_over_six", "stochastic", None, 0.3, "hadamard"),
+    QuantSpec("nvfp4", "single_level", "stochastic", rotation="hadamard"),
+    QuantSpec("mxfp4", "mse", macro_block=128),
+    QuantSpec("mxfp4", "mse", "stochastic", 128, 1.0, "hadamard"),
+    QuantSpec("mxfp4", "rceil", "half_away", 128, 0.5, "hadamard"),
+    QuantSpec("mxint8", "even", "stochastic", 128, 0.7, "hadamard"),
+    QuantSpec("mxfp6_e2m3", "ceil", "stochastic", rotation="hadamard"),
+]
+"""Specs that do something around the quantizer; each field alone with every format, then together."""
+SPECS = PLAIN + AROUND
 INPUTS = ("bits", "binades", "ties", "normal")
 ELEMENTS = 1 << 15
 """Of one tensor, about."""
@@ -96,22 +113,27 @@ def mismatches(
     x: Tensor, spec: QuantSpec, amax: Tensor | None, seed: tuple[int, int]
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """(what, where, got, wanted) for each output that differs."""
-    quantized = reference.quantize(x, spec, amax=amax, seed=seed)
     values = reference.fake_quantize(x, spec, amax=amax, seed=seed)
-    divisor = quantized.per_tensor_scale
+    divisor = reference.divisor_of(x, spec, -1, amax)
     if divisor is not None and divisor.ndim:
         divisor = divisor.reshape(-1).contiguous()
-    out, again = torch.empty_like(x), torch.empty_like(x)
-    codes, scales = torch.empty_like(quantized.codes), torch.empty_like(quantized.scale_codes)
+    out = torch.empty_like(x)
     native.fake_quantize_rows(x, spec, divisor, seed, out)
-    native.quantize_rows(x, spec, divisor, seed, codes, scales)
-    native.dequantize_rows(codes, scales, divisor, spec, again)
-    for what, got, want in (
-        ("values", out, values),
-        ("codes", codes, quantized.codes),
-        ("scales", scales, quantized.scale_codes),
-        ("values of the codes", again, values),
-    ):
+    pairs = [("values", out, values)]
+    if spec.macro_block is None and spec.residual is None:
+        quantized, again = reference.quantize(x, spec, amax=amax, seed=seed), torch.empty_like(x)
+        codes, scales = torch.empty_like(quantized.codes), torch.empty_like(quantized.scale_codes)
+        native.quantize_rows(x, spec, divisor, seed, codes, scales)
+        native.dequantize_rows(codes, scales, divisor, spec, again)
+        pairs += [
+            ("codes", codes, quantized.codes),
+            ("scales", scales, quantized.scale_codes),
+            ("values of the codes", again, values),
+        ]
+    if spec.rotation is not None:
+        peak, own = native.rotated_amax(x, spec), reference.amax_of(x, spec)
+        pairs.append(("the rotated maximum", peak.view(1, 1), own.view(1, 1)))
+    for what, got, want in pairs:
         where = different(got, want)
         if where.any():
             yield what, where, got, want

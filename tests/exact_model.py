@@ -113,7 +113,7 @@ def mx_block(block, fmt, mode, ties="nearest"):
 def nv_block(block, amax, mode, ties="nearest"):
     """(E4M3 scale, magnitudes) of one zero-padded block of fp32 numbers, given the amax of the tensor."""
     magnitude = np.abs(block.astype(f32))
-    top = {"two_level": 448, "mse": 448, "four_over_six": 256}.get(mode)
+    top = None if mode == "single_level" else 256 if mode.startswith("four_over_six") else 448
     gs = f32(top * 6) / f32(amax) if top else f32(1)
     target = f32(magnitude.max() / f32(6)) * gs
 
@@ -126,12 +126,14 @@ def nv_block(block, amax, mode, ties="nearest"):
 
     def error(scale):
         with np.errstate(over="ignore"):
-            difference = (values(scale, "nearest") - magnitude) * gs
-            return tree_sum(difference * difference)
+            difference = np.abs((values(scale, "nearest") - magnitude) * gs)
+            if mode.endswith("absmax"):
+                return difference.max()
+            return tree_sum(difference if mode.endswith("mae") else difference * difference)
 
     scale = nearest(Fraction(float(target)), "e4m3")
     candidates = [scale]
-    if mode == "four_over_six":
+    if mode.startswith("four_over_six"):
         candidates = [nearest(Fraction(float(target * f32(1.5))), "e4m3"), scale]
     elif mode == "mse" and magnitude.max():
         code = GRIDS["e4m3"].index(scale)

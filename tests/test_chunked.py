@@ -20,6 +20,15 @@ SPECS = [
     for rounding in formats.ROUNDINGS
     for mode in (block.scale_modes if rounding == "nearest" else block.scale_modes[:: len(block.scale_modes) - 1])
 ]
+AROUND = [
+    QuantSpec("mxfp4", rotation="hadamard"),
+    QuantSpec("nvfp4", rotation="hadamard"),
+    QuantSpec("mxint8", rotation="hadamard"),
+    QuantSpec("nvfp4", "four_over_six", "stochastic", None, 0.3, "hadamard"),
+    QuantSpec("mxfp6_e3m2", "rceil", "nearest", 128),
+    QuantSpec("mxfp4", "even", "stochastic", 128, 0.5, "hadamard"),
+    QuantSpec("mxfp8_e4m3", None, "half_away", None, 1.0),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -61,7 +70,12 @@ def same(a, b):
 def differences(x, spec, divisor=None, amax=None):
     """What of the chunked path differs from the reference on x."""
     seed = (7, 2**63 + 5) if spec.rounding == "stochastic" else None
-    want, q = reference.fake_quantize(x, spec, amax=amax, seed=seed), reference.quantize(x, spec, amax=amax, seed=seed)
+    want = reference.fake_quantize(x, spec, amax=amax, seed=seed)
+    if spec.macro_block or spec.residual:  # no codes
+        out = torch.empty_like(x)
+        chunked.fake_quantize_rows(x, spec, reference.divisor_of(x, spec, -1, amax), seed, out)
+        return [] if same(out, want) else ["fake_quantize"]
+    q = reference.quantize(x, spec, amax=amax, seed=seed)
     divisor = q.per_tensor_scale if divisor is None else divisor
     out, codes, scales, back = (torch.empty_like(t) for t in (x, q.codes, q.scale_codes, x))
     chunked.fake_quantize_rows(x, spec, divisor, seed, out)
@@ -76,13 +90,13 @@ def differences(x, spec, divisor=None, amax=None):
     return [name for name, equal in found.items() if not equal]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.fmt}-{s.scale_mode}-{s.rounding}")
+@pytest.mark.parametrize("spec", [*SPECS, *AROUND], ids=str)
 def test_bits_are_those_of_the_reference(spec, monkeypatch):
     # Pieces of a few rows or of parts of rows, with a last one of another size; the real size would hold each input.
     monkeypatch.setattr(chunked, "_PIECE", 160)
     monkeypatch.setattr(chunked, "_PIECE_OF_REFERENCE", 384)
     wrong = {}
-    common = spec.rounding == "nearest" and spec.scale_mode == spec.block_format.scale_modes[0]
+    common = spec.plain and spec.rounding == "nearest" and spec.scale_mode == spec.block_format.scale_modes[0]
     for name, x in INPUTS.items():
         for dtype in DTYPES if common else DTYPES[:2]:
             if found := differences(x.to(dtype), spec):
@@ -127,7 +141,10 @@ def test_tensor_amax_is_over_the_finite_values(monkeypatch):
     for x in INPUTS.values():
         for dtype in DTYPES:
             assert chunked.tensor_amax(x.to(dtype).contiguous()) == finite_amax(x.to(dtype))
-    assert chunked.tensor_amax(torch.zeros(0, 5)) == 0
+            for spec in AROUND[:2]:
+                rotated = reference.amax_of(x.to(dtype), spec)
+                assert chunked.rotated_amax(x.to(dtype).contiguous(), spec) == rotated
+    assert chunked.tensor_amax(torch.zeros(0, 5)) == chunked.rotated_amax(torch.zeros(0, 5), AROUND[0]) == 0
 
 
 @pytest.mark.parametrize(
@@ -175,14 +192,18 @@ def test_the_mode_sees_dtypes():
     assert mode.lacking() == {torch.float8_e5m2, torch.float64}
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.fmt}-{s.scale_mode}-{s.rounding}")
+@pytest.mark.parametrize("spec", [*SPECS, *AROUND], ids=str)
 def test_nothing_is_asked_of_the_cpu_or_of_dtypes_a_device_may_lack(spec):
     """On the meta device a copy to the CPU, a number read, or a tensor of another device in the arithmetic raises."""
     seed = (1, 2) if spec.rounding == "stochastic" else None
     x = torch.empty(3, 45, device="meta")
     with Dtypes() as mode:
-        divisor = per_tensor_divisor(chunked.tensor_amax(x), spec) if spec.block_format.per_tensor_scale else None
+        peak = chunked.rotated_amax(x, spec) if spec.rotation else chunked.tensor_amax(x)
+        divisor = per_tensor_divisor(peak, spec) if spec.block_format.per_tensor_scale else None
         chunked.fake_quantize_rows(x, spec, divisor, seed, torch.empty_like(x))
+        if spec.macro_block or spec.residual:
+            assert not mode.lacking()
+            return
         blocks, bits = -(-45 // spec.block_format.block_size), spec.block_format.element.bits
         scales = torch.empty(3, blocks, device="meta", dtype=torch.uint8)
         codes = torch.empty(3, blocks * spec.block_format.block_size * bits // 8, device="meta", dtype=torch.uint8)
@@ -210,10 +231,13 @@ def test_the_measure_of_memory():
 
 
 @pytest.mark.parametrize(
-    "spec", [QuantSpec("mxfp4"), QuantSpec("nvfp4"), QuantSpec("mxint8", None, "half_away")], ids=str
+    "spec",
+    [QuantSpec("mxfp4"), QuantSpec("nvfp4"), QuantSpec("mxint8", None, "half_away"), *AROUND[:2]],
+    ids=str,
 )
 def test_nothing_as_large_as_the_tensor_is_allocated(spec):
     x = torch.ones(1024, 4096, dtype=torch.bfloat16)
     out, divisor = torch.empty_like(x), torch.ones(()) if spec.block_format.per_tensor_scale else None
     assert peak_bytes(lambda: chunked.fake_quantize_rows(x, spec, divisor, None, out)) <= 2.5e6
     assert peak_bytes(lambda: chunked.tensor_amax(x)) <= 1e6
+    assert not spec.rotation or peak_bytes(lambda: chunked.rotated_amax(x, spec)) <= 2e6

@@ -96,7 +96,11 @@ def test_specs_are_values():
 
 
 def test_specs_survive_json():
-    for spec in (QuantSpec(), QuantSpec("nvfp4", "mse", "stochastic")):
+    for spec in (
+        QuantSpec(),
+        QuantSpec("nvfp4", "mse", "stochastic"),
+        QuantSpec("mxfp4", None, "nearest", 128, 0.5, "hadamard"),
+    ):
         assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     assert QuantSpec.from_dict({"fmt": "mxint8"}) == QuantSpec("mxint8")
     with pytest.raises(ValueError, match="Did you mean 'rounding'"):
@@ -108,6 +112,61 @@ def test_which_specs_depend_on_more_than_their_block():
     assert QuantSpec("nvfp4", "four_over_six").per_tensor_scale
     assert not QuantSpec("nvfp4", "single_level").per_tensor_scale
     assert not QuantSpec("mxfp4").per_tensor_scale
+
+
+def test_what_is_done_around_the_quantizer_is_part_of_the_value():
+    plain = QuantSpec("mxfp4")
+    around = [
+        QuantSpec("mxfp4", macro_block=128),
+        QuantSpec("mxfp4", residual=0.5),
+        QuantSpec("mxfp4", residual=1),
+        QuantSpec("mxfp4", rotation="hadamard"),
+        QuantSpec("mxfp4", "even", "stochastic", 128, 0.5, "hadamard"),
+    ]
+    assert len({plain, *around}) == 6
+    assert plain.plain
+    assert not any(spec.plain for spec in around)
+    assert QuantSpec("mxfp4", residual=1) == QuantSpec("mxfp4", residual=1.0)
+    assert [str(spec) for spec in around] == [
+        "mxfp4 (macro_block=128)",
+        "mxfp4 (residual=0.5)",
+        "mxfp4 (residual=1)",
+        "mxfp4 (hadamard)",
+        "mxfp4 (even, stochastic, macro_block=128, residual=0.5, hadamard)",
+    ]
+
+
+def test_true_bits():
+    """A byte for 128 elements is 1/16 bit; two passes store everything twice."""
+    bits = {str(spec): spec.bits_per_element for spec in (
+        QuantSpec("mxfp4"), QuantSpec("nvfp4", "mse", rotation="hadamard"), QuantSpec("mxfp4", macro_block=128),
+        QuantSpec("mxfp4", residual=0.5), QuantSpec("mxfp4", macro_block=128, residual=0.5, rotation="hadamard"),
+    )}  # fmt: skip
+    assert list(bits.values()) == [4.25, 4.5, 4.3125, 8.5, 8.625]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"macro_block": 64}, ValueError, "macro_block=64 must be 128"),
+        ({"macro_block": True}, TypeError, "macro_block must be 128 or None, got True"),
+        ({"fmt": "nvfp4", "macro_block": 128}, ValueError, "E4M3.*scale_mode='mse'"),
+        ({"residual": 0}, ValueError, r"residual=0 must lie in \(0, 1\]"),
+        ({"residual": 1.5}, ValueError, r"residual=1.5 must lie in \(0, 1\]"),
+        ({"residual": float("nan")}, ValueError, "residual=nan must lie"),
+        ({"residual": "0.5"}, TypeError, "residual must be a number"),
+        ({"rotation": "hadamart"}, ValueError, "unknown rotation.*Did you mean 'hadamard'"),
+    ],
+)
+def test_fields_that_no_quantizer_implements_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        QuantSpec(**arguments)
+
+
+def test_a_macro_block_holds_whole_blocks(monkeypatch):
+    monkeypatch.setitem(formats._TABLE, "long", dataclasses.replace(FORMATS["mxfp4"], name="long", block_size=256))
+    with pytest.raises(ValueError, match="macro_block=128 must hold whole blocks, and those of 'long' are 256 long"):
+        QuantSpec("long", macro_block=128)
 
 
 @pytest.mark.parametrize(

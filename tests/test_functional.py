@@ -68,10 +68,12 @@ def test_the_gradient_is_that_of_the_identity():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = normal(3, 40, dtype=dtype).requires_grad_()
         grad = normal(3, 40, seed=1, dtype=dtype)
-        y = fake_quantize(x, "nvfp4", amax=4.0)
-        assert y.requires_grad
-        y.backward(grad)
-        assert torch.equal(x.grad, grad)
+        for spec in ("nvfp4", QuantSpec("nvfp4", rotation="hadamard", residual=0.5)):
+            y = fake_quantize(x, spec, amax=4.0)
+            assert y.requires_grad
+            x.grad = None
+            y.backward(grad)
+            assert torch.equal(x.grad, grad)
 
 
 def test_the_gradient_function_saves_nothing():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qnoise.formats import E2M1, FORMATS, QuantSpec
-from qnoise.functional import fake_quantize
+from qnoise.functional import fake_quantize, rotate
 from qnoise.metrics import decompose, error_report, split_error
 
 KEYS = {"sqnr_db", "relative_rms", "mean_relative_error", "deadzone", "clipped", "max_abs_error"}
@@ -191,3 +191,26 @@ def test_a_decomposition_of_nothing():
 def test_a_decomposition_does_not_depend_on_the_magnitude(k):
     x = gaussian()[:16, :64]
     assert decompose(x * 2.0**k, "mxfp4") == pytest.approx(decompose(x, "mxfp4"), rel=1e-9)
+
+
+def test_figures_of_specs_that_do_something_around():
+    """Clipping happens in the rotated basis, which is where it is counted; the parts of the error are refused there."""
+    x = torch.randn(8, 72, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = 30.0
+    spec = QuantSpec("mxfp4", rotation="hadamard")
+    turned = rotate(x, spec)
+    want = error_report(turned, fake_quantize(turned, "mxfp4"), "mxfp4")
+    got = error_report(x, fake_quantize(x, spec), spec)
+    assert got["clipped"] * x.numel() == pytest.approx(want["clipped"] * turned.numel())
+    assert got["clipped"] > 0
+    assert error_report(x.T, fake_quantize(x.T, spec, axis=0), spec, axis=0)["clipped"] == got["clipped"]
+    whole = error_report(x[:, :64], fake_quantize(x[:, :64], spec), spec)
+    rotated = error_report(turned[:, :64], fake_quantize(turned[:, :64], "mxfp4"), "mxfp4")
+    assert whole["sqnr_db"] == pytest.approx(rotated["sqnr_db"], abs=1e-4), "H keeps the length of x and of the error"
+    macro = QuantSpec("mxfp4", macro_block=128)
+    assert error_report(x, fake_quantize(x, macro), macro)["clipped"] < error_report(x, x, "mxfp4")["clipped"]
+    assert sum(decompose(x, macro)[part] for part in ("scale_bias", "deadzone", "grid")) > 0.9
+    with pytest.raises(ValueError, match="leave rotation out and decompose qnoise.functional.rotate"):
+        decompose(x, spec)
+    with pytest.raises(ValueError, match="leave residual out"):
+        decompose(x, QuantSpec("mxfp4", residual=0.5))

@@ -24,7 +24,7 @@ from qnoise.kernels import native
 COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C compiler is installed")
 
-NEAREST = [spec for spec in fuzz.SPECS if spec.rounding == "nearest"]
+NEAREST = [spec for spec in fuzz.PLAIN if spec.rounding == "nearest"]
 SOURCE = native._SOURCE.read_text()
 
 
@@ -109,14 +109,27 @@ def test_errors_are_summed_by_halves():
 )
 def test_formats_of_a_user(block, monkeypatch):
     monkeypatch.setitem(formats._TABLE, block.name, block)
-    for mode in block.scale_modes:
-        for rounding in formats.ROUNDINGS:
-            spec = QuantSpec(block.name, mode, rounding)
-            for kind in fuzz.INPUTS:
-                x = fuzz.inputs(kind, 9, 3 * block.block_size + 5, torch.Generator().manual_seed(1))
-                for dtype in fuzz.DTYPES:
-                    assert native.supports(spec, dtype)
-                    assert not differences(x.to(dtype), spec), (spec, kind, dtype)
+    specs = [QuantSpec(block.name, mode, rounding) for mode in block.scale_modes for rounding in formats.ROUNDINGS]
+    macro = None if block.per_tensor_scale else 128
+    specs += [QuantSpec(block.name, rotation="hadamard"), QuantSpec(block.name, macro_block=macro, residual=0.5)]
+    for spec in specs:
+        for kind in fuzz.INPUTS:
+            x = fuzz.inputs(kind, 9, 3 * block.block_size + 5, torch.Generator().manual_seed(1))
+            for dtype in fuzz.DTYPES:
+                assert native.supports(spec, dtype)
+                assert not differences(x.to(dtype), spec), (spec, kind, dtype)
+
+
+@pytest.mark.parametrize("size", [4, 8, 64, 128, 256])
+def test_rotations_and_macro_blocks_of_other_sizes(size, monkeypatch):
+    """Tiles in fp32 hold fewer blocks the longer these are; rows of several tiles, with and without a tail."""
+    block = BlockFormat(f"size_{size}", E2M1, size, "e8m0", False, MX_SCALE_MODES)
+    monkeypatch.setitem(formats._TABLE, block.name, block)
+    for columns in (9000, 8192):
+        x = fuzz.inputs("normal", 2, columns, torch.Generator().manual_seed(1)).bfloat16()
+        assert not differences(x, QuantSpec(block.name, "even", rotation="hadamard"))
+        if size <= 128:
+            assert not differences(x, QuantSpec(block.name, "mse", "stochastic", 128, 0.5, "hadamard"))
 
 
 def test_what_it_leaves_to_others(monkeypatch):
@@ -139,7 +152,12 @@ def test_threads_do_not_change_a_bit(shape, monkeypatch):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             assert native._threads(x) == threads
-            for spec, given in ((QuantSpec("mxfp4", rounding="stochastic"), None), (QuantSpec("nvfp4"), amax)):
+            for spec, given in (
+                (QuantSpec("mxfp4", rounding="stochastic"), None),
+                (QuantSpec("nvfp4"), amax),
+                (QuantSpec("mxfp4", "even", "stochastic", 128, 0.5, "hadamard"), None),
+                (QuantSpec("nvfp4", rotation="hadamard"), amax),
+            ):
                 assert not differences(x, spec, given)
             assert torch.equal(native.amax_rows(x), amax[:, 0])
             assert torch.equal(native.tensor_amax(x), amax.max())
@@ -218,6 +236,8 @@ void qnoise_fake_quantize(void) {}
 void qnoise_quantize(void) {}
 void qnoise_dequantize(void) {}
 void qnoise_amax(void) {}
+void qnoise_rotated_tiles(void) {}
+void qnoise_rotated_amax(void) {}
 """
 
 

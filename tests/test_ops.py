@@ -16,6 +16,7 @@ from test_golden import CASES, RULES, mismatches, vectors  # noqa: F401  (vector
 OPS = torch.ops.qnoise
 NV = ("nvfp4", "two_level", "nearest")
 STOCHASTIC = QuantSpec("mxfp4", rounding="stochastic")
+ROTATED = QuantSpec("nvfp4", residual=0.5, rotation="hadamard")
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -56,6 +57,16 @@ def test_opcheck(spec, dtype):
     opcheck(OPS.quantize.default, (x, *spec, 1, amax, 3, 4))
     codes, scales, divisor = OPS.quantize.default(x, *spec, -1, amax, 3, 4)
     opcheck(OPS.dequantize.default, (codes, scales, divisor, *spec[:2], [6, 70], -1, torch.bfloat16))
+
+
+def test_opcheck_of_what_is_done_around():
+    x, spec, around = normal(6, 70), ("mxfp4", "floor", "stochastic"), (128, 0.5, "hadamard")
+    for rows in (x, x.clone().requires_grad_()):
+        opcheck(OPS.fake_quantize.default, (rows, *spec, -1, None, 3, 4, *around))
+    opcheck(OPS.fake_quantize_out.default, (x, *spec, -1, None, 3, 4, torch.empty_like(x), *around))
+    opcheck(OPS.quantize.default, (x, *NV, 1, None, 3, 4, "hadamard"))
+    codes, scales, divisor = OPS.quantize.default(x, *NV, -1, None, 3, 4, "hadamard")
+    opcheck(OPS.dequantize.default, (codes, scales, divisor, *NV[:2], [6, 70], -1, torch.bfloat16, "hadamard"))
 
 
 def test_the_gradient_of_the_operator_is_that_of_the_identity():
@@ -102,9 +113,11 @@ def into(x, out):
         lambda x: fake_quantize(x, "nvfp4", amax=3.0) + fake_quantize(x, "nvfp4", amax=x.abs().amax(-1, keepdim=True)),
         lambda x: into(x, torch.empty_like(x)),
         lambda x: into(x, x.clone()) + into(y := x + 1, y),
+        lambda x: fake_quantize(x, QuantSpec("nvfp4", residual=0.5, rotation="hadamard")) * x,
+        lambda x: quantize(x, QuantSpec("nvfp4", rotation="hadamard")).dequantize(),
         lambda x: quantize(x, "nvfp4").dequantize() + quantize(x, "mxfp6_e3m2").dequantize(torch.float64),
     ],
-    ids=["mx", "axis", "amax", "out", "in place", "packed"],
+    ids=["mx", "axis", "amax", "out", "in place", "around", "packed rotated", "packed"],
 )
 def test_a_compiled_graph_gives_the_bits_of_eager(function):
     x = normal(6, 70)
@@ -151,7 +164,7 @@ def test_inductor_gives_the_bits_of_eager():
 # ---- function transforms ----
 
 
-@pytest.mark.parametrize("spec", [QuantSpec("mxfp4"), QuantSpec("nvfp4"), QuantSpec("mxint8", "mse")], ids=str)
+@pytest.mark.parametrize("spec", [QuantSpec("mxfp4"), QuantSpec("nvfp4"), QuantSpec("mxint8", "mse"), ROTATED], ids=str)
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_vmap_gives_each_example_what_it_gets_alone(spec, dim):
     x = normal(5, 7, 33) * torch.arange(1.0, 6)[:, None, None]
@@ -179,8 +192,9 @@ def test_vmap_over_amax():
 
 def test_gradients_of_examples():
     x = normal(4, 33)
-    grads = torch.vmap(torch.func.grad(lambda t: (fake_quantize(t, "nvfp4") * t).sum()))(x)
-    assert torch.equal(grads, torch.stack([fake_quantize(t, "nvfp4") for t in x]) + x)
+    for spec in ("nvfp4", QuantSpec("nvfp4", residual=1.0, rotation="hadamard"), QuantSpec("mxfp4", macro_block=128)):
+        grads = torch.vmap(torch.func.grad(lambda t, spec=spec: (fake_quantize(t, spec) * t).sum()))(x)
+        assert torch.equal(grads, torch.stack([fake_quantize(t, spec) for t in x]) + x)
 
 
 # ---- backends ----

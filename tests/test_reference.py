@@ -305,6 +305,22 @@ def test_mse_is_the_best_mode_and_as_good_as_known(fmt, expected, gaussian):
     assert values["mse"] == pytest.approx(expected, abs=0.03)
 
 
+def test_better_scales_over_an_octave_of_sigma(gaussian):
+    """What a search among scales has to win at the same bits; 22.1 dB is the bound for ideal fp32 scales."""
+    gaussian = gaussian[:256]
+
+    def mean(fmt, mode):
+        return sum(sqnr(gaussian * 2 ** (i / 4), QuantSpec(fmt, mode)) for i in range(4)) / 4
+
+    assert mean("mxfp4", "mse") >= mean("mxfp4", "floor") + 0.25
+    two_level, mse = mean("nvfp4", "two_level"), mean("nvfp4", "mse")
+    assert 21.7 <= mse <= 22.1
+    for mode, expected in (("four_over_six", 21.2), ("four_over_six_mae", 21.08), ("four_over_six_absmax", 20.93)):
+        found = mean("nvfp4", mode)
+        assert found == pytest.approx(expected, abs=0.05)
+        assert two_level < found < mse
+
+
 def faulty_nvfp4(x):
     """NVFP4 as it is often got wrong: one level, and a block scale without subnormals, so never below 2**-6."""
     blocks = x.unflatten(-1, (-1, 16))

@@ -20,8 +20,21 @@ ROUNDINGS: tuple[str, ...] = ("nearest", "half_away", "stochastic")
 MX_SCALE_MODES: tuple[str, ...] = ("floor", "rceil", "ceil", "even", "mse")
 """Rules for a power-of-two (E8M0) block scale; the first is the OCP MX v1.0 rule."""
 
-NV_SCALE_MODES: tuple[str, ...] = ("two_level", "single_level", "four_over_six", "mse")
+NV_SCALE_MODES: tuple[str, ...] = (
+    "two_level",
+    "single_level",
+    "four_over_six",
+    "four_over_six_mae",
+    "four_over_six_absmax",
+    "mse",
+)
 """Rules for an E4M3 block scale under an fp32 per-tensor scale; the first is NVIDIA's rule."""
+
+MACRO_BLOCK = 128
+"""Elements that share a factor of ``QuantSpec.macro_block`` (arXiv 2603.08713), one byte for each of them."""
+
+ROTATIONS: tuple[str, ...] = ("hadamard",)
+"""Rotations of a block before it is quantized."""
 
 
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> ValueError:
@@ -163,18 +176,43 @@ def register_format(fmt: BlockFormat) -> None:
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How to quantize: a format, the rule for its scales and the rounding of its elements.
+    """How to quantize: a format, the rule for its scales, the rounding of its elements, and what is done around them.
 
     ``scale_mode=None`` is replaced by the format's default, so equal specs compare and hash equal.
     ``rounding="even"`` is accepted as another name of ``"nearest"``.
 
+    The last three change the format that is deployed: it needs kernels that know of them. They compose with each
+    other, with every scale mode and with every rounding, unless an error below says otherwise; ``reference.py`` tells
+    the order of operations.
+
+    Attributes:
+        fmt: a name in :data:`FORMATS`.
+        scale_mode: the rule for the block scale.
+        rounding: a name in :data:`ROUNDINGS`.
+        macro_block: 128 for macro-block scaling (arXiv 2603.08713, 2605.20402): 128 neighbours share a factor f = 1 +
+            m with an 8-bit mantissa m, and x_hat = Q(f x) / f. It adds 8 / 128 bit an element. The factor brings the
+            largest of the 128 to the top of the grid; with ``scale_mode="mse"``, which takes whatever has the least
+            squared error, it is searched among 16 instead. For E8M0 scales only.
+        residual: alpha in (0, 1] for a second pass over what the first one left (outlier fallback, arXiv 2605.20402):
+            x1 = Q(x), x2 = Q(x - x1), x_hat = x1 + alpha x2. Two tensors are stored and multiplied, so this takes
+            twice the bits: 8.5 an element for ``mxfp4``. alpha = 1 has the least error; 0.5 is what that paper trains
+            with.
+        rotation: ``"hadamard"`` to quantize each block in the basis of the Hadamard transform of its size and to turn
+            the result back: x_hat = H Q(H x). No bits are added. It spreads an outlier over its block, which helps
+            formats with a coarse scale on heavy tails and hurts ``nvfp4`` in its ``two_level`` mode there.
+
     Raises:
-        ValueError: a name that does not exist, or a scale mode that the format does not have.
+        TypeError: a field of the wrong kind.
+        ValueError: a name that does not exist, a scale mode that the format does not have, a number outside its range,
+            or ``macro_block`` for a format that cannot use it.
     """
 
     fmt: str = "mxfp4"
     scale_mode: str | None = None
     rounding: str = "nearest"
+    macro_block: int | None = None
+    residual: float | None = None
+    rotation: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.fmt, str):
@@ -187,13 +225,48 @@ class QuantSpec:
         elif self.scale_mode not in modes:
             raise unknown_name(f"scale_mode for format {self.fmt!r}", self.scale_mode, modes)
         object.__setattr__(self, "rounding", canonical_rounding(self.rounding))
+        self._check_macro_block()
+        if self.residual is not None:
+            if isinstance(self.residual, bool) or not isinstance(self.residual, int | float):
+                raise TypeError(f"residual must be a number in (0, 1] or None, got {self.residual!r}")
+            if not 0 < self.residual <= 1:
+                raise ValueError(
+                    f"residual={self.residual!r} must lie in (0, 1]: the share of the second pass that is added; "
+                    "None leaves that pass out"
+                )
+            object.__setattr__(self, "residual", float(self.residual))
+        if self.rotation is not None and self.rotation not in ROTATIONS:
+            raise unknown_name("rotation", self.rotation, [*ROTATIONS, "None"])
+
+    def _check_macro_block(self) -> None:
+        block, macro = self.block_format, self.macro_block
+        if macro is None:
+            return
+        if isinstance(macro, bool) or not isinstance(macro, int):
+            raise TypeError(f"macro_block must be {MACRO_BLOCK} or None, got {macro!r}")
+        if macro != MACRO_BLOCK:
+            raise ValueError(f"macro_block={macro} must be {MACRO_BLOCK} (or None)")
+        if block.scale != "e8m0":
+            raise ValueError(
+                f"macro_block is for formats with power-of-two (E8M0) scales, and the scales of {self.fmt!r} are E4M3 "
+                "numbers, which have a mantissa of their own; use scale_mode='mse' for better scales"
+            )
+        if macro % block.block_size:
+            raise ValueError(
+                f"macro_block={macro} must hold whole blocks, and those of {self.fmt!r} are {block.block_size} long"
+            )
 
     def __str__(self) -> str:
-        """The name, with what differs from its defaults: ``nvfp4``, ``mxfp4 (even, stochastic)``."""
-        rounding = "" if self.rounding == "nearest" else self.rounding
-        mode = "" if self.scale_mode == self.block_format.scale_modes[0] else self.scale_mode
-        own = ", ".join(filter(None, (mode, rounding)))
-        return f"{self.fmt} ({own})" if own else self.fmt
+        """The name, with what differs from its defaults: ``nvfp4``, ``mxfp4 (even, stochastic, hadamard)``."""
+        own = (
+            "" if self.scale_mode == self.block_format.scale_modes[0] else self.scale_mode,
+            "" if self.rounding == "nearest" else self.rounding,
+            "" if self.macro_block is None else f"macro_block={self.macro_block}",
+            "" if self.residual is None else f"residual={self.residual:g}",
+            self.rotation,
+        )
+        shown = ", ".join(filter(None, own))
+        return f"{self.fmt} ({shown})" if shown else self.fmt
 
     @property
     def block_format(self) -> BlockFormat:
@@ -204,6 +277,20 @@ class QuantSpec:
     def per_tensor_scale(self) -> bool:
         """True if the result depends on an amax beyond the block (NVFP4, except in ``single_level`` mode)."""
         return self.block_format.per_tensor_scale and self.scale_mode != "single_level"
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits per element: those of the format, 8 / 128 more for ``macro_block``, and all twice for
+        ``residual``. E.g. 4.25 for ``mxfp4``, 4.3125 with ``macro_block=128``, 8.5 with ``residual``."""
+        bits = self.block_format.bits_per_element
+        if self.macro_block is not None:
+            bits += 8 / self.macro_block
+        return bits if self.residual is None else 2 * bits
+
+    @property
+    def plain(self) -> bool:
+        """True if nothing is done around the quantizer: no macro-block, no residual, no rotation."""
+        return self.macro_block is None and self.residual is None and self.rotation is None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON; :meth:`from_dict` reads them back."""

@@ -14,6 +14,7 @@ from . import ops as _ops  # noqa: F401  (defines torch.ops.qnoise)
 from .formats import QuantSpec, as_spec, canonical_rounding
 from .packing import BlockQuantized
 from .philox import seed_from
+from .reference import check_storable, rotated_blocks
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,7 +50,8 @@ def fake_quantize(
         amax: for formats with a per-tensor scale (NVFP4), the largest magnitude that scale is fixed by: a
             number, a 0-d tensor, or a tensor broadcastable to ``x``'s shape with ``axis`` reduced to 1 (a
             scale per token). Must be >= 0; a negative or NaN entry gives NaN. None: the largest finite
-            magnitude of ``x``.
+            magnitude of ``x``. For a spec that rotates, this is about the rotated ``x`` (:func:`rotate`): a number
+            taken from ``x`` itself is another scale.
         out: written and returned if given; must have ``x``'s shape, dtype and device. May be ``x`` itself.
 
     Returns:
@@ -73,11 +75,12 @@ def fake_quantize(
         _check_out(out, x)
     seed, offset = seed_from(generator) if spec.rounding == "stochastic" else (0, 0)
     arguments = (x, spec.fmt, spec.scale_mode, spec.rounding, axis, reduced, seed, offset)
+    around = () if spec.plain else (spec.macro_block, spec.residual, spec.rotation)
     if out is None:
         if _in_transform(x):
-            return _StraightThrough.apply(*arguments)
-        return torch.ops.qnoise.fake_quantize.default(*arguments)
-    torch.ops.qnoise.fake_quantize_out.default(*arguments, out)
+            return _StraightThrough.apply(*arguments, *around)
+        return torch.ops.qnoise.fake_quantize.default(*arguments, *around)
+    torch.ops.qnoise.fake_quantize_out.default(*arguments, out, *around)
     return out
 
 
@@ -94,18 +97,23 @@ def quantize(
     """Quantize ``x`` to packed codes and block scales; ``.dequantize()`` equals :func:`fake_quantize` bit
     for bit.
 
-    No gradient is recorded. Arguments and errors are those of :func:`fake_quantize`.
+    No gradient is recorded. Arguments and errors are those of :func:`fake_quantize`. With a rotation the codes are
+    those of the rotated ``x``, and ``dequantize`` turns the values back.
 
     Returns:
         A :class:`BlockQuantized` on ``x``'s device.
+
+    Raises:
+        ValueError: a spec with ``macro_block`` or ``residual``, which packed codes and scales have no place for.
     """
     spec = _resolve(fmt, scale_mode, rounding)
+    check_storable(spec)
     _check_input(x, axis)
     reduced = _check_amax(amax, x, axis, spec)
     seed, offset = seed_from(generator) if spec.rounding == "stochastic" else (0, 0)
     with torch.no_grad():
         codes, scale_codes, divisor = torch.ops.qnoise.quantize.default(
-            x, spec.fmt, spec.scale_mode, spec.rounding, axis, reduced, seed, offset
+            x, spec.fmt, spec.scale_mode, spec.rounding, axis, reduced, seed, offset, spec.rotation
         )
     return BlockQuantized(
         codes,
@@ -116,6 +124,20 @@ def quantize(
         axis % max(x.ndim, 1),
         x.dtype,
     )
+
+
+def rotate(x: Tensor, fmt: str | QuantSpec, *, axis: int = -1) -> Tensor:
+    """``x`` in the basis in which ``fmt`` quantizes it: fp32, with ``axis`` last and padded with zeros to whole blocks.
+
+    Its magnitudes are what ``amax=`` of a spec with ``rotation`` is about; without a rotation they are those of ``x``.
+    Differentiable, and of any floating-point dtype and shape.
+
+    Raises:
+        TypeError: ``x`` is not a floating-point tensor, or ``fmt`` is neither a name nor a spec.
+        IndexError: no such ``axis``.
+    """
+    _check_input(x, axis)
+    return rotated_blocks(x, as_spec(fmt), axis).flatten(-2)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -133,7 +155,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None, None, None, None, None, None, None
+        return grads[0], *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _in_transform(x: Tensor) -> bool:

@@ -12,7 +12,8 @@ With e = x_hat - x, over all elements of the tensor, zeros included:
 * ``deadzone`` = share of elements with x != 0 and x_hat == 0.
 * ``clipped`` = share of elements with |x| > max * scale, where scale is that of their block under the
   plain quantizer of the format and max the element's largest value: a property of x and the format, not
-  of x_hat. NVFP4 clips where its block scale was rounded down.
+  of x_hat. NVFP4 clips where its block scale was rounded down. With a rotation it is about the rotated x, with a
+  residual about the first pass.
 * ``max_abs_error`` = max |e|, in the unit of x.
 
 The figures do not depend on the scale of the tensor (``max_abs_error`` follows it). Published scans add
@@ -35,13 +36,14 @@ to |e|^2 but for one product, 2 <e_S, e_G>.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .formats import ElementFormat, QuantSpec, as_spec
-from .reference import block_scales, fake_quantize, to_blocks
+from .reference import block_scales, fake_quantize, rotated_blocks, to_blocks
 from .rounding import round_magnitude
 
 
@@ -75,8 +77,7 @@ def error_report(
         )
     with torch.no_grad():
         reference, error = x.double(), x_hat.double() - x.double()
-        scales = block_scales(x, spec, axis=axis, amax=amax).double()
-        size, peak = reference.abs(), spec.block_format.element.max
+        size = reference.abs()
         # fp64 squares of fp64 tensors may overflow; dividing by the largest magnitude keeps the ratio.
         unit = torch.cat([size.flatten(), error.abs().flatten(), size.new_zeros(1)]).max()
         unit = torch.where((unit > 0) & torch.isfinite(unit), unit, 1.0)
@@ -88,9 +89,19 @@ def error_report(
             "relative_rms": math.sqrt(_ratio(noise, signal)),
             "mean_relative_error": relative.sum().item() / count,
             "deadzone": ((reference != 0) & (x_hat == 0)).sum().item() / count,
-            "clipped": (size > peak * scales).sum().item() / count,
+            "clipped": _clipped(x, spec, axis, amax) / count,
             "max_abs_error": error.abs().max().item() if x.numel() else 0.0,
         }
+
+
+def _clipped(x: Tensor, spec: QuantSpec, axis: int, amax: Tensor | None) -> float:
+    """How many elements exceed the largest value of their block."""
+    if spec.rotation is not None:
+        x = rotated_blocks(x, spec, axis).flatten(-2)
+        amax = amax if amax is None or amax.ndim == 0 else amax.movedim(axis, -1)
+        spec, axis = replace(spec, rotation=None), -1
+    scales = block_scales(x, spec, axis=axis, amax=amax).double()
+    return (x.double().abs() > spec.block_format.element.max * scales).sum().item()
 
 
 class ErrorParts(NamedTuple):
@@ -152,7 +163,8 @@ def decompose(x: Tensor, fmt: str | QuantSpec, *, axis: int = -1, amax: Tensor |
 
     Raises:
         TypeError: ``x`` is not a floating-point tensor.
-        ValueError: an unknown format, or a spec that does not round to nearest.
+        ValueError: an unknown format; a spec that does not round to nearest, or that has a rotation or a residual:
+            the parts are about one pass in the basis of ``x``.
     """
     spec = as_spec(fmt)
     if isinstance(fmt, str) and spec.block_format.scale == "e8m0":
@@ -161,6 +173,12 @@ def decompose(x: Tensor, fmt: str | QuantSpec, *, axis: int = -1, amax: Tensor |
     if spec.rounding != "nearest":
         raise ValueError(
             f"{spec} rounds {spec.rounding!r}; the parts are defined for rounding to nearest: leave rounding out"
+        )
+    if spec.rotation is not None or spec.residual is not None:
+        what = "rotation" if spec.rotation is not None else "residual"
+        raise ValueError(
+            f"{spec}: the parts are about one pass in the basis of x; leave {what} out"
+            + (" and decompose qnoise.functional.rotate(x, spec)" if what == "rotation" else "")
         )
     with torch.no_grad():
         blocks, blocks_hat, scales = (

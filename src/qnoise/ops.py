@@ -1,16 +1,18 @@
 """The operators ``torch.ops.qnoise.*``, and which backend serves them on which device.
 
-    fake_quantize(Tensor x, str fmt, str scale_mode, str rounding, int axis, Tensor? amax, SymInt seed, SymInt offset)
-        -> Tensor
-    fake_quantize_out(the same, Tensor(a!) out) -> ()
-    quantize(the same as fake_quantize) -> (Tensor codes, Tensor scales, Tensor divisor)
+    fake_quantize(Tensor x, str fmt, str scale_mode, str rounding, int axis, Tensor? amax, SymInt seed, SymInt offset,
+        int? macro_block=None, float? residual=None, str? rotation=None) -> Tensor
+    fake_quantize_out(the same up to offset, Tensor(a!) out, the other three) -> ()
+    quantize(the same as fake_quantize up to offset, str? rotation=None)
+        -> (Tensor codes, Tensor scales, Tensor divisor)
     dequantize(Tensor codes, Tensor scales, Tensor divisor, str fmt, str scale_mode, SymInt[] shape, int axis,
-        ScalarType dtype) -> Tensor
+        ScalarType dtype, str? rotation=None) -> Tensor
 
 They check nothing: ``functional.py`` is the public door. ``amax`` is fp32, 0-d or of ``x``'s shape with ``axis``
-reduced to 1. ``seed`` and ``offset`` are read by stochastic rounding only. ``scales`` are bytes; ``divisor`` is fp32,
-0-d or (..., 1), and of shape (0,) for formats with E8M0 scales. ``out`` may be ``x`` itself. Only ``fake_quantize``
-has a gradient: that of the identity (Bengio et al., arXiv 1308.3432).
+reduced to 1, of the rotated ``x`` where there is a rotation. ``seed`` and ``offset`` are read by stochastic rounding
+only. ``scales`` are bytes; ``divisor`` is fp32, 0-d or (..., 1), and of shape (0,) for formats with E8M0 scales.
+``out`` may be ``x`` itself. Only ``fake_quantize`` has a gradient: that of the identity (Bengio et al., arXiv
+1308.3432).
 
 The blocks of a backend run along the rows of a contiguous matrix. An input that is not laid out so is copied once: a
 strided one into the output, one whose block axis is not the last into a transposed buffer of its own size.
@@ -28,7 +30,8 @@ from torch import Tensor
 
 from .formats import QuantSpec
 from .kernels import chunked, native
-from .scales import finite_amax, per_tensor_divisor
+from .reference import amax_of
+from .scales import per_tensor_divisor
 
 
 class Backend(NamedTuple):
@@ -38,21 +41,30 @@ class Backend(NamedTuple):
     quantize_rows: Callable[[Tensor, QuantSpec, Tensor | None, tuple[int, int] | None, Tensor, Tensor], None]
     dequantize_rows: Callable[[Tensor, Tensor, Tensor | None, QuantSpec, Tensor], None]
     tensor_amax: Callable[[Tensor], Tensor]
+    rotated_amax: Callable[[Tensor, QuantSpec], Tensor]
 
 
 _CHUNKED, _NATIVE = (
-    Backend(module.fake_quantize_rows, module.quantize_rows, module.dequantize_rows, module.tensor_amax)
+    Backend(
+        module.fake_quantize_rows,
+        module.quantize_rows,
+        module.dequantize_rows,
+        module.tensor_amax,
+        module.rotated_amax,
+    )
     for module in (chunked, native)
 )
 _TRITON_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ARGUMENTS = "Tensor x, str fmt, str scale_mode, str rounding, int axis, Tensor? amax, SymInt seed, SymInt offset"
+_ROTATION = "str? rotation=None"
+_AROUND = f"int? macro_block=None, float? residual=None, {_ROTATION}"
 _LIBRARY = torch.library.Library("qnoise", "FRAGMENT")
-_LIBRARY.define(f"fake_quantize({_ARGUMENTS}) -> Tensor")
-_LIBRARY.define(f"fake_quantize_out({_ARGUMENTS}, Tensor(a!) out) -> ()")
-_LIBRARY.define(f"quantize({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"fake_quantize({_ARGUMENTS}, {_AROUND}) -> Tensor")
+_LIBRARY.define(f"fake_quantize_out({_ARGUMENTS}, Tensor(a!) out, {_AROUND}) -> ()")
+_LIBRARY.define(f"quantize({_ARGUMENTS}, {_ROTATION}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
     "dequantize(Tensor codes, Tensor scales, Tensor divisor, str fmt, str scale_mode, SymInt[] shape, int axis, "
-    "ScalarType dtype) -> Tensor"
+    f"ScalarType dtype, {_ROTATION}) -> Tensor"
 )
 
 
@@ -95,7 +107,8 @@ def _triton() -> tuple[Backend | None, str]:
         amax.tensor_amax(torch.ones(1, device="cuda"))  # a first launch needs a compiler and a driver that fit
     except Exception as error:
         return None, f"Triton kernels do not run here: {type(error).__name__}: {error}"
-    return Backend(fake_quantize.fake_quantize_rows, pack.quantize_rows, unpack.dequantize_rows, amax.tensor_amax), ""
+    functions = (fake_quantize.fake_quantize_rows, pack.quantize_rows, unpack.dequantize_rows)
+    return Backend(*functions, amax.tensor_amax, amax.rotated_amax), ""
 
 
 @lru_cache(maxsize=256)
@@ -105,15 +118,23 @@ def _triton_supports(spec: QuantSpec) -> bool:
     return launch.supports(spec)
 
 
-@lru_cache
-def _spec(fmt: str, scale_mode: str, rounding: str) -> QuantSpec:
-    return QuantSpec(fmt, scale_mode, rounding)
+_spec = lru_cache(maxsize=1024)(QuantSpec)
 
 
 def fake_quantize(
-    x: Tensor, fmt: str, scale_mode: str, rounding: str, axis: int, amax: Tensor | None, seed: int, offset: int
+    x: Tensor,
+    fmt: str,
+    scale_mode: str,
+    rounding: str,
+    axis: int,
+    amax: Tensor | None,
+    seed: int,
+    offset: int,
+    macro_block: int | None = None,
+    residual: float | None = None,
+    rotation: str | None = None,
 ) -> Tensor:
-    spec = _spec(fmt, scale_mode, rounding)
+    spec = _spec(fmt, scale_mode, rounding, macro_block, residual, rotation)
     if _is_rows(x, axis):
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         _run(_rows(x), spec, axis, amax, seed, offset, _rows(result))
@@ -134,17 +155,29 @@ def fake_quantize_out(
     seed: int,
     offset: int,
     out: Tensor,
+    macro_block: int | None = None,
+    residual: float | None = None,
+    rotation: str | None = None,
 ) -> None:
+    around = (macro_block, residual, rotation)
     if _is_rows(x, axis) and _is_rows(out, axis) and not _overlap_askew(x, out):
-        _run(_rows(x), _spec(fmt, scale_mode, rounding), axis, amax, seed, offset, _rows(out))
+        _run(_rows(x), _spec(fmt, scale_mode, rounding, *around), axis, amax, seed, offset, _rows(out))
     else:
-        out.copy_(fake_quantize(x, fmt, scale_mode, rounding, axis, amax, seed, offset))
+        out.copy_(fake_quantize(x, fmt, scale_mode, rounding, axis, amax, seed, offset, *around))
 
 
 def quantize(
-    x: Tensor, fmt: str, scale_mode: str, rounding: str, axis: int, amax: Tensor | None, seed: int, offset: int
+    x: Tensor,
+    fmt: str,
+    scale_mode: str,
+    rounding: str,
+    axis: int,
+    amax: Tensor | None,
+    seed: int,
+    offset: int,
+    rotation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spec = _spec(fmt, scale_mode, rounding)
+    spec = _spec(fmt, scale_mode, rounding, None, None, rotation)
     moved = x if x.ndim == 0 else x.movedim(axis, -1)
     codes, scales, _ = _empty_quantized(x, spec, axis, amax)
     rows = _rows(moved.contiguous())
@@ -167,8 +200,9 @@ def dequantize(
     shape: Sequence[int],
     axis: int,
     dtype: torch.dtype,
+    rotation: str | None = None,
 ) -> Tensor:
-    spec = _spec(fmt, scale_mode, "nearest")
+    spec = _spec(fmt, scale_mode, "nearest", None, None, rotation)
     moved = list(shape)
     if moved:
         moved.append(moved.pop(axis))
@@ -182,10 +216,55 @@ def dequantize(
     return result.movedim(-1, axis).contiguous() if shape else result
 
 
-def tensor_amax(x: Tensor) -> Tensor:
-    """max |x| over the finite elements, fp32 0-d, by the backend that serves ``x``; 0 if there is none. Eager only."""
+def dequantize_rows(codes: Tensor, scales: Tensor, divisor: Tensor | None, spec: QuantSpec, out: Tensor) -> None:
+    """The values of packed rows into ``out``, contiguous (R, K), by the backend that serves it. Eager only; the
+    arguments are those of ``kernels/chunked.py``."""
+    serving = _serving(out.device, out.dtype, spec)
+    serving.dequantize_rows(codes.contiguous(), scales.contiguous(), divisor, spec, out)
+
+
+def tensor_amax(x: Tensor, spec: QuantSpec | None = None) -> Tensor:
+    """max |x| over the finite elements, fp32 0-d, by the backend that serves ``x``; 0 if there is none. Eager only.
+
+    With a ``spec`` that rotates, that of the rotated ``x``, with its blocks along the last axis: what fixes the
+    per-tensor scale.
+    """
     rows = _rows(x.detach().contiguous())
-    return _serving(x.device, x.dtype, QuantSpec("nvfp4")).tensor_amax(rows)
+    return _amax(rows, spec or QuantSpec("nvfp4"), _serving(x.device, x.dtype, spec or QuantSpec("nvfp4")))
+
+
+def fuses_noise(x: Tensor, spec: QuantSpec) -> bool:
+    """Whether :func:`fake_quantize_noisy` takes ``x``: an ordinary tensor that the Triton kernels serve, eager."""
+    return (
+        x.device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.is_contiguous()
+        and x.dtype != torch.float64
+        and spec.rounding != "stochastic"
+        and _serving(x.device, x.dtype, spec) is _triton()[0]
+    )
+
+
+def fake_quantize_noisy(x: Tensor, spec: QuantSpec, z: Tensor, sigma: float, amax: Tensor | None = None) -> Tensor:
+    """Q(x (1 + sigma z)) without the noisy tensor in memory; no gradient. For what :func:`fuses_noise`.
+
+    Args:
+        x: blocks along its last axis.
+        z: fp32, of ``x``'s shape and device, contiguous.
+        amax: 0-d fp32; the per-tensor scale is fixed by the larger of it and that of the noisy ``x``.
+    """
+    from .kernels.gpu import amax as maxima
+    from .kernels.gpu.fake_quantize import fake_quantize_rows
+
+    rows, noise = _rows(x.detach()), (_rows(z), sigma)
+    own = None
+    if spec.per_tensor_scale:
+        own = maxima.rotated_amax(rows, spec, noise) if spec.rotation else maxima.tensor_amax(rows, noise)
+        own = own if amax is None else torch.maximum(own, amax)
+    result = torch.empty_like(rows)
+    fake_quantize_rows(rows, spec, _divisor(rows, spec, -1, own, _CHUNKED), None, result, noise)
+    return result.view(x.shape)
 
 
 def _run(rows: Tensor, spec: QuantSpec, axis: int, amax: Tensor | None, seed: int, offset: int, out: Tensor) -> None:
@@ -203,8 +282,12 @@ def _divisor(rows: Tensor, spec: QuantSpec, axis: int, amax: Tensor | None, serv
     if not spec.per_tensor_scale:
         return torch.ones((), dtype=torch.float32, device=rows.device)
     if amax is None:
-        amax = serving.tensor_amax(rows)
+        amax = _amax(rows, spec, serving)
     return per_tensor_divisor(amax if amax.ndim == 0 else amax.movedim(axis, -1), spec)
+
+
+def _amax(rows: Tensor, spec: QuantSpec, serving: Backend) -> Tensor:
+    return serving.tensor_amax(rows) if spec.rotation is None else serving.rotated_amax(rows, spec)
 
 
 def _per_row(divisor: Tensor | None) -> Tensor | None:
@@ -254,19 +337,35 @@ def _fake_quantize_out_meta(*_: Any) -> None:
 
 
 def _quantize_meta(
-    x: Tensor, fmt: str, scale_mode: str, rounding: str, axis: int, amax: Tensor | None, seed: int, offset: int
+    x: Tensor,
+    fmt: str,
+    scale_mode: str,
+    rounding: str,
+    axis: int,
+    amax: Tensor | None,
+    seed: int,
+    offset: int,
+    rotation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_quantized(x, _spec(fmt, scale_mode, rounding), axis, amax)
 
 
 def _dequantize_meta(
-    codes: Tensor, scales: Tensor, divisor: Tensor, fmt: str, mode: str, shape: Sequence[int], axis: int, dtype: Any
+    codes: Tensor,
+    scales: Tensor,
+    divisor: Tensor,
+    fmt: str,
+    scale_mode: str,
+    shape: Sequence[int],
+    axis: int,
+    dtype: torch.dtype,
+    rotation: str | None = None,
 ) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
 
 def _pass_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad, None, None, None, None, None, None, None
+    return grad, *[None] * 10
 
 
 def _fake_quantize_batched(
@@ -280,6 +379,9 @@ def _fake_quantize_batched(
     amax: Tensor | None,
     seed: int,
     offset: int,
+    macro_block: int | None = None,
+    residual: float | None = None,
+    rotation: str | None = None,
 ) -> tuple[Tensor, int]:
     """The rule of ``torch.vmap``: the batch becomes the first axis, and each example keeps its own per-tensor scale.
     Stochastic rounding draws other numbers for each example."""
@@ -288,9 +390,11 @@ def _fake_quantize_batched(
     if numbers:
         x, axis = x.unsqueeze(-1), -1
     axis = axis + 1 if axis >= 0 else axis
-    if _spec(fmt, scale_mode, rounding).per_tensor_scale:
+    around = (macro_block, residual, rotation)
+    spec = _spec(fmt, scale_mode, rounding, *around)
+    if spec.per_tensor_scale:
         if amax is None:
-            amax = torch.stack([finite_amax(example) for example in x])
+            amax = torch.stack([amax_of(example, spec, axis if axis < 0 else axis - 1) for example in x])
         elif in_dims[5] is not None:
             amax = amax.movedim(in_dims[5], 0)
         else:
@@ -298,7 +402,7 @@ def _fake_quantize_batched(
         reduced = list(x.shape)
         reduced[axis] = 1
         amax = amax.reshape(amax.shape[0], *(amax.shape[1:] or [1] * (x.ndim - 1))).expand(reduced)
-    y = torch.ops.qnoise.fake_quantize.default(x, fmt, scale_mode, rounding, axis, amax, seed, offset)
+    y = torch.ops.qnoise.fake_quantize.default(x, fmt, scale_mode, rounding, axis, amax, seed, offset, *around)
     return (y.squeeze(-1) if numbers else y), 0
 
 

@@ -34,7 +34,7 @@ class BlockQuantized:
             rule ``value = code * (scale / gs)``, as compressed-tensors stores it;
             :attr:`per_tensor_multiplier` is 1 / gs.
         shape: logical shape of the tensor that was quantized.
-        spec: how it was quantized.
+        spec: how it was quantized; with a rotation, codes and scales are those of the rotated tensor.
         axis: which axis of ``shape`` the blocks lie along, >= 0 (0 for a 0-d tensor).
         dtype: dtype of the tensor that was quantized, and of :meth:`dequantize` by default.
     """
@@ -92,6 +92,7 @@ class BlockQuantized:
             self.shape,
             self.axis,
             dtype,
+            self.spec.rotation,
         )
 
     def to(self, device: torch.device | str) -> BlockQuantized:

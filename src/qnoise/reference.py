@@ -22,6 +22,22 @@ The order of operations, which is part of the contract
    ties to even, to nearest with ties away from zero, or stochastically.
 6. ``x_hat = copysign(rounded * scale, x)`` in fp32, then one cast to the dtype of the input.
 
+What a spec may do around that
+------------------------------
+In fp32 throughout, with one cast at the end. Q is steps 3 to 6 without the cast.
+
+* ``rotation="hadamard"``: x_hat = H Q(H x), with H the Hadamard transform of each block (``rotation.py``). The
+  zero-padded blocks are transformed, so a ragged tail is rotated with its padding. The result is in the basis of the
+  input; the codes of :func:`quantize` are those of H x. The per-tensor scale is fixed by the amax of H x.
+* ``macro_block=128``: Q(f x) / f in the place of Q, with a factor f for 128 neighbours (``macro_block.py``).
+* ``residual=alpha``: x1 = Q(x), x2 = Q(x - x1), x_hat = x1 + alpha * x2, with alpha rounded to fp32, and product and
+  sum each rounded. Both passes have one per-tensor scale, and each its own block scales and macro-block factors. The
+  second pass of stochastic rounding draws with the offset moved by 2**63.
+
+Together: rotate, two passes of macro-blocks, rotate back. The sign of a zero is then that of the arithmetic, and the
+laws below hold only as far as they follow from those of Q. A block with NaN or Inf is NaN throughout, and the others
+are not touched, except that its finite elements take part in the factor of their macro-block.
+
 Special values
 --------------
 * Zero stays zero and keeps its sign; a negative number that rounds to zero gives -0. MXINT8 is two's
@@ -76,12 +92,16 @@ Where others differ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .formats import QuantSpec
+from .macro_block import macro_factors
 from .packing import BlockQuantized, decode, encode, pack, unpack
 from .philox import uniform
+from .rotation import hadamard, positive_nan
 from .rounding import round_magnitude
 from .scales import Scales, divide, finite_amax, per_tensor_divisor, select_scales
 
@@ -101,15 +121,15 @@ def fake_quantize(
         spec: format, scale mode and rounding.
         axis: the axis the blocks lie along.
         amax: what fixes the per-tensor scale: 0-d, or of ``x``'s shape with ``axis`` reduced to 1; None for
-            the finite amax of ``x``.
+            the finite amax of ``x``. With a rotation it is that of the rotated ``x``.
         seed: (seed, offset) for stochastic rounding.
 
     Returns:
         Tensor of ``x``'s shape, dtype and device; contiguous.
     """
     blocks = to_blocks(x, axis, spec)
-    scales, rounded = _round_blocks(blocks, x, spec, axis, amax, seed)
-    return _from_blocks(signed_values(rounded, blocks, scales.value(), spec), x.shape, axis, x.dtype)
+    values = approximate(blocks, spec, divisor_of(x, spec, axis, amax), _draws(blocks, x, spec, axis, seed))
+    return _from_blocks(values, x.shape, axis, x.dtype)
 
 
 def quantize(
@@ -120,9 +140,16 @@ def quantize(
     amax: Tensor | None = None,
     seed: tuple[int, int] | None = None,
 ) -> BlockQuantized:
-    """Quantize ``x`` to packed codes and scales. Arguments as for :func:`fake_quantize`."""
-    blocks = to_blocks(x, axis, spec)
-    scales, rounded = _round_blocks(blocks, x, spec, axis, amax, seed)
+    """Quantize ``x`` to packed codes and scales. Arguments as for :func:`fake_quantize`.
+
+    Raises:
+        ValueError: the spec has ``macro_block`` or ``residual``, for which packed storage has no place.
+    """
+    check_storable(spec)
+    blocks = rotated_blocks(x, spec, axis)
+    blocks = positive_nan(blocks) if spec.rotation else blocks
+    scales = select_scales(blocks, spec, divisor_of(x, spec, axis, amax))
+    rounded = round_units(blocks, scales.value(), spec, *_draws(blocks, x, spec, axis, seed)[:1])
     element = spec.block_format.element
     codes = encode(rounded, torch.signbit(blocks), element).flatten(-2)
     return BlockQuantized(
@@ -142,14 +169,77 @@ def dequantize(q: BlockQuantized, dtype: torch.dtype) -> Tensor:
     values = decode(unpack(q.codes, block_format.element.bits), block_format.element)
     values = values.unflatten(-1, (values.shape[-1] // block_format.block_size, block_format.block_size))
     values = values * Scales(q.scale_codes, q.per_tensor_scale).value().unsqueeze(-1)
-    return _from_blocks(values, q.shape, q.axis, dtype)
+    return _from_blocks(hadamard(values) if q.spec.rotation else values, q.shape, q.axis, dtype)
+
+
+def check_storable(spec: QuantSpec) -> None:
+    """Refuse a spec of which packed codes and scales cannot hold all.
+
+    Raises:
+        ValueError: the spec has ``macro_block`` or ``residual``.
+    """
+    for name, lacks in (("macro_block", "the factors of macro-blocks"), ("residual", "a second pass")):
+        if getattr(spec, name) is not None:
+            raise ValueError(
+                f"{spec} cannot be stored packed: BlockQuantized has no place for {lacks}. fake_quantize computes it, "
+                f"and patch_model with storage='auto', 'cached' or 'dynamic'; leave {name} out to pack"
+            )
+
+
+def approximate(
+    blocks: Tensor, spec: QuantSpec, divisor: Tensor | None = None, draws: Sequence[Tensor | None] = (None, None)
+) -> Tensor:
+    """What ``spec`` makes of blocks, before the cast.
+
+    Args:
+        blocks: fp32 (..., blocks, block_size), zero-padded; macro-blocks start at the first block.
+        divisor: gs of a format with E4M3 scales, to be broadcast against (..., blocks); None for E8M0.
+        draws: the uniform numbers of stochastic rounding, of ``blocks``'s shape: one tensor for each pass.
+
+    Returns:
+        fp32 tensor of ``blocks``'s shape, in the basis of ``blocks``.
+    """
+    turned = hadamard(blocks) if spec.rotation else blocks
+    values = _one_pass(turned, spec, divisor, draws[0])
+    if spec.residual is not None:
+        values = values + _one_pass(turned - values, spec, divisor, draws[1]) * spec.residual
+    return hadamard(values) if spec.rotation else values
+
+
+def _one_pass(blocks: Tensor, spec: QuantSpec, divisor: Tensor | None, draws: Tensor | None) -> Tensor:
+    if spec.macro_block is None:
+        scale = select_scales(blocks, spec, divisor).value()
+        return signed_values(round_units(blocks, scale, spec, draws), blocks, scale, spec)
+    factor = macro_factors(blocks, spec).unsqueeze(-1)
+    raised = blocks * factor
+    scale = select_scales(raised, spec, divisor).value()
+    return signed_values(round_units(raised, scale, spec, draws), raised, scale, spec) / factor
 
 
 def block_scales(x: Tensor, spec: QuantSpec, *, axis: int = -1, amax: Tensor | None = None) -> Tensor:
-    """The fp32 scale that multiplies each element of ``x``: same shape as ``x``, equal within a block."""
-    blocks = to_blocks(x, axis, spec)
-    value = select_scales(blocks, spec, divisor_of(x, spec, axis, amax)).value()
+    """The fp32 scale that multiplies each element of ``x``: same shape as ``x``, equal within a block.
+
+    With a rotation that of the rotated elements; with a macro-block divided by its factor; with a residual that of the
+    first pass.
+    """
+    blocks = rotated_blocks(x, spec, axis)
+    factor = None if spec.macro_block is None else macro_factors(blocks, spec)
+    raised = blocks if factor is None else blocks * factor.unsqueeze(-1)
+    value = select_scales(raised, spec, divisor_of(x, spec, axis, amax)).value()
+    value = value if factor is None else value / factor
     return _from_blocks(value.unsqueeze(-1).expand(blocks.shape), x.shape, axis, torch.float32)
+
+
+def rotated_blocks(x: Tensor, spec: QuantSpec, axis: int = -1) -> Tensor:
+    """:func:`to_blocks`, rotated where ``spec`` rotates: what is quantized."""
+    blocks = to_blocks(x, axis, spec)
+    return hadamard(blocks) if spec.rotation else blocks
+
+
+def amax_of(x: Tensor, spec: QuantSpec, axis: int = -1) -> Tensor:
+    """The amax that fixes a per-tensor scale where none is given, 0-d fp32: over the finite values of what is
+    quantized, so of the rotated ``x`` where ``spec`` rotates."""
+    return finite_amax(rotated_blocks(x, spec, axis) if spec.rotation else x)
 
 
 def divisor_of(x: Tensor, spec: QuantSpec, axis: int, amax: Tensor | None) -> Tensor | None:
@@ -157,7 +247,7 @@ def divisor_of(x: Tensor, spec: QuantSpec, axis: int, amax: Tensor | None) -> Te
     if not spec.block_format.per_tensor_scale:
         return None
     if amax is None:
-        amax = finite_amax(x) if spec.per_tensor_scale else x.new_zeros((), dtype=torch.float32)
+        amax = amax_of(x, spec, axis) if spec.per_tensor_scale else x.new_zeros((), dtype=torch.float32)
     return per_tensor_divisor(amax if amax.ndim == 0 else amax.movedim(axis, -1), spec)
 
 
@@ -191,17 +281,22 @@ def signed_values(rounded: Tensor, blocks: Tensor, scale: Tensor, spec: QuantSpe
     return torch.copysign(values, blocks)
 
 
-def _round_blocks(
-    blocks: Tensor, x: Tensor, spec: QuantSpec, axis: int, amax: Tensor | None, seed: tuple[int, int] | None
-) -> tuple[Scales, Tensor]:
-    """The scales of the blocks and the magnitudes in units of them, rounded to the element's grid."""
-    scales = select_scales(blocks, spec, divisor_of(x, spec, axis, amax))
-    draws = None
-    if spec.rounding == "stochastic":
-        if seed is None:
-            raise ValueError("rounding='stochastic' needs a (seed, offset) pair")
-        draws = uniform(_linear_index(blocks, x.shape[axis] if x.ndim else 1), *seed)
-    return scales, round_units(blocks, scales.value(), spec, draws)
+def _draws(
+    blocks: Tensor, x: Tensor, spec: QuantSpec, axis: int, seed: tuple[int, int] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The uniform numbers of the elements for the first pass and for the second."""
+    if spec.rounding != "stochastic":
+        return None, None
+    if seed is None:
+        raise ValueError("rounding='stochastic' needs a (seed, offset) pair")
+    index = _linear_index(blocks, x.shape[axis] if x.ndim else 1)
+    second = None if spec.residual is None else uniform(index, *second_pass(seed))
+    return uniform(index, *seed), second
+
+
+def second_pass(seed: tuple[int, int]) -> tuple[int, int]:
+    """The (seed, offset) of the pass over the residual: counters as far from those of the first as there are."""
+    return seed[0], seed[1] + 2**63
 
 
 def _linear_index(blocks: Tensor, length: int) -> Tensor:

@@ -19,10 +19,12 @@ E4M3 scales S under one fp32 divisor gs (NVFP4; arXiv 2509.25149); the block is 
   and lose precision; weights are often that small.
 * ``four_over_six``: gs = 256 * 6 / amax_tensor and the one of S = E4M3(amax / 6 * gs) and S = E4M3(amax /
   6 * gs * 1.5) with the lower squared error: the maximum lands on 6 or on 4 (arXiv 2512.02010).
+* ``four_over_six_mae``, ``four_over_six_absmax``: the same, with the lower sum of absolute errors, or the lower largest
+  absolute error.
 * ``mse``: gs as in ``two_level``; the S of least squared error among the 17 E4M3 codes within 8 of the
   code of ``two_level``, clamped to codes 1 to 126.
 
-Squared errors are summed in fp32 by a halving tree over the zero-padded block (first half plus second
+Errors, squared or absolute, are summed in fp32 by a halving tree over the zero-padded block (first half plus second
 half, again and again), every product and sum rounded on its own, with elements rounded to nearest
 whatever the final rounding. They are measured in units of the ``floor`` scale or of 1 / gs, so that they
 neither overflow nor depend on a factor 2**k. Equal errors go to the larger scale. A block of zeros keeps
@@ -39,6 +41,8 @@ from torch import Tensor
 from .formats import E4M3, ElementFormat, QuantSpec
 from .rounding import BIAS, MANTISSA, power_of_two, round_magnitude, split_fp32
 
+_FOUR_OVER_SIX = {"four_over_six": "mse", "four_over_six_mae": "mae", "four_over_six_absmax": "absmax"}
+"""The modes that choose between 6 and 4 as the place of the maximum, and the error each compares."""
 _LARGEST_DIVISOR = 2.0**126
 """Bound of gs, so that 1 / gs stays a normal number: reached where amax_tensor < 2688 * 2**-126."""
 
@@ -73,7 +77,7 @@ def per_tensor_divisor(amax: Tensor, spec: QuantSpec) -> Tensor:
     """gs of ``spec`` from the amax that fixes it: fp32, of ``amax``'s shape; 1 where ``amax`` is 0."""
     if spec.scale_mode == "single_level":
         return torch.ones_like(amax)
-    top = 256.0 if spec.scale_mode == "four_over_six" else E4M3.max
+    top = 256.0 if spec.scale_mode in _FOUR_OVER_SIX else E4M3.max
     divisor = (torch.full_like(amax, top * spec.block_format.element.max) / amax).clamp_(max=_LARGEST_DIVISOR)
     # A negative or NaN amax is a caller's error that must show: NaN everywhere.
     return divisor.masked_fill_(amax == 0, 1.0).masked_fill_(amax < 0, torch.nan)
@@ -169,9 +173,9 @@ def _e4m3_codes(magnitude: Tensor, peak: Tensor, spec: QuantSpec, divisor: Tenso
     # by its reciprocal (number / tensor always, tensor / number on CUDA), which is rounded twice.
     target = peak / torch.full_like(peak, element.max) * divisor
     scale = round_magnitude(target, E4M3)
-    if mode == "four_over_six":
+    if mode in _FOUR_OVER_SIX:
         candidates = [round_magnitude(target * 1.5, E4M3), scale]
-        scale = _least_error_scale(magnitude, candidates, divisor, element)
+        scale = _least_error_scale(magnitude, candidates, divisor, element, _FOUR_OVER_SIX[mode])
     elif mode == "mse":
         code = e4m3_code(scale).to(torch.int32)
         candidates = [e4m3_value((code + step).clamp(1, 126)) for step in range(8, -9, -1)]
@@ -179,14 +183,20 @@ def _e4m3_codes(magnitude: Tensor, peak: Tensor, spec: QuantSpec, divisor: Tenso
     return e4m3_code(torch.where(torch.isfinite(peak), scale, torch.nan))
 
 
-def _least_error_scale(magnitude: Tensor, candidates: list[Tensor], divisor: Tensor, element: ElementFormat) -> Tensor:
-    """The candidate of least squared error per block; ``candidates`` run from the largest to the smallest."""
+def _least_error_scale(
+    magnitude: Tensor, candidates: list[Tensor], divisor: Tensor, element: ElementFormat, norm: str = "mse"
+) -> Tensor:
+    """The candidate of least error per block; ``candidates`` run from the largest to the smallest."""
     chosen = candidates[0]
     best = torch.full_like(chosen, torch.inf)
     for candidate in candidates:
         scale = (candidate / divisor).unsqueeze(-1)
         rounded = round_magnitude(divide(magnitude, scale), element) * scale
-        error = halving_sum(((rounded - magnitude) * divisor.unsqueeze(-1)).square())
+        errors = ((rounded - magnitude) * divisor.unsqueeze(-1)).abs()
+        if norm == "absmax":
+            error = errors.amax(-1)
+        else:
+            error = halving_sum(errors if norm == "mae" else errors.square())
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, candidate, chosen)
     return chosen

@@ -9,12 +9,14 @@ Rounding to nearest takes three passes over a piece. With E the exponent of ``u 
 the element's smallest normal number, a step of the grid is ``2**(E - mantissa_bits)``. Adding
 ``1.5 * 2**(E + 23 - mantissa_bits)`` puts the sum into the binade where fp32's own step is that step, so the adder of
 the machine rounds, ties to even; subtracting the number again is exact. Whether the product with the power of two and
-the addition are fused makes no difference, because that product is exact. Other roundings, and the scale modes that
-compare errors, call the functions of the reference piece by piece.
+the addition are fused makes no difference, because that product is exact. Other roundings, the scale modes that compare
+errors, macro-blocks and the second pass over a residual call the functions of the reference piece by piece. A rotation
+is done on the piece, too, before and after.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,7 +27,8 @@ from torch import Tensor
 from ..formats import E4M3, ElementFormat, QuantSpec
 from ..packing import decode, encode, pack, unpack
 from ..philox import uniform
-from ..reference import round_units, signed_values
+from ..reference import approximate, round_units, second_pass
+from ..rotation import hadamard, positive_nan
 from ..rounding import BIAS, MANTISSA, round_magnitude
 from ..scales import Scales, e8m0_carry, select_scales
 
@@ -34,7 +37,7 @@ _PIECE = 1 << 17
 _PIECE_OF_REFERENCE = 1 << 15
 """Elements of a piece on the path through the reference, which makes a dozen temporaries of it."""
 _EXPONENT = 0xFF << MANTISSA
-_SEARCHES = ("mse", "four_over_six")
+_SEARCHES = ("mse", "four_over_six", "four_over_six_mae", "four_over_six_absmax")
 
 
 class _Piece(NamedTuple):
@@ -71,24 +74,25 @@ def fake_quantize_rows(
         seed: (seed, offset) of stochastic rounding, None for the others.
         out: contiguous (R, K), of ``x``'s dtype and device.
     """
-    size, element = spec.block_format.block_size, spec.block_format.element
-    (x, out), length = _joined(x.shape[1], size, divisor, x, out)
+    element = spec.block_format.element
+    (x, out), length = _joined(x.shape[1], _grain(spec), divisor, x, out)
     work = _Work(x, spec)
     for piece in work.pieces:
         blocks = work.load(x, piece)
         target = out[piece.top : piece.bottom, piece.left : piece.right]
         if work.direct:
+            blocks = _turn(blocks, work.units) if spec.rotation else blocks
             scale = _scale(blocks, spec, piece.divisor(divisor), work)
             values = _round_to_nearest(blocks, scale, spec, work).mul_(scale.unsqueeze(-1))
             if not element.is_integer:
-                if work.in_place:
+                if work.in_place and not spec.rotation:
                     torch.copysign(values, blocks, out=target.view_as(values))
                     continue
                 torch.copysign(values, blocks, out=values)
+            values = _turn(values, work.powers) if spec.rotation else values
         else:
-            scale = select_scales(blocks, spec, piece.divisor(divisor)).value()
-            draws = _draws(blocks, piece, length, seed)
-            values = signed_values(round_units(blocks, scale, spec, draws), blocks, scale, spec)
+            draws = _draws(blocks, piece, length, seed, spec)
+            values = approximate(blocks, spec, piece.divisor(divisor), draws)
         target.copy_(values.flatten(1)[:, : target.shape[1]])
 
 
@@ -111,11 +115,13 @@ def quantize_rows(
     work = _Work(x, spec)
     for piece in work.pieces:
         blocks = work.load(x, piece)
+        if spec.rotation:
+            blocks = positive_nan(_turn(blocks, work.units) if work.direct else hadamard(blocks))
         chosen = select_scales(blocks, spec, piece.divisor(divisor))
         if work.direct:
             one_a_byte = _codes_to_nearest(blocks, chosen.value(), spec, work)
         else:
-            draws = _draws(blocks, piece, length, seed)
+            draws, _ = _draws(blocks, piece, length, seed, spec)
             one_a_byte = encode(round_units(blocks, chosen.value(), spec, draws), torch.signbit(blocks), element)
         piece.of(codes, size * element.bits // 8, size).copy_(pack(one_a_byte.flatten(1), element.bits))
         piece.of(scales, 1, size).copy_(chosen.codes)
@@ -128,19 +134,22 @@ def dequantize_rows(codes: Tensor, scales: Tensor, divisor: Tensor | None, spec:
         codes: uint8, contiguous (R, blocks * block_size * bits / 8).
         scales: uint8, contiguous (R, blocks).
         divisor: as for :func:`fake_quantize_rows`.
-        spec: the format; its scale mode and rounding do not matter.
+        spec: the format and the rotation; its scale mode and rounding do not matter.
         out: contiguous (R, K), written.
     """
     size, element = spec.block_format.block_size, spec.block_format.element
     (codes, scales, out), _ = _joined(out.shape[1], size, divisor, codes, scales, out)
     limit = max(_PIECE, size)
     buffer = torch.empty(_largest(out, size, limit), dtype=torch.float32, device=out.device)
+    spare = torch.empty_like(buffer if spec.rotation else buffer[:0])
     for piece in _pieces(out, size, limit):
         rows = piece.bottom - piece.top
         values = buffer[: rows * piece.padded].view(rows, -1, size)
         _decode(piece.of(codes, size * element.bits // 8, size), element, values)
         scale = Scales(piece.of(scales, 1, size), piece.divisor(divisor)).value()
         values.mul_(scale.unsqueeze(-1))
+        if spec.rotation:
+            values = _turn(values, spare[: values.numel()].view_as(values))
         target = out[piece.top : piece.bottom, piece.left : piece.right]
         target.copy_(values.flatten(1)[:, : target.shape[1]])
 
@@ -159,6 +168,22 @@ def tensor_amax(x: Tensor) -> Tensor:
     return peaks.amax()
 
 
+def rotated_amax(x: Tensor, spec: QuantSpec) -> Tensor:
+    """:func:`tensor_amax` of the rotated blocks of contiguous rows."""
+    size = spec.block_format.block_size
+    (x,), _ = _joined(x.shape[1], size, None, x)
+    limit = max(_PIECE // size * size, size)
+    buffers = [torch.empty(_largest(x, size, limit), dtype=torch.float32, device=x.device) for _ in range(2)]
+    peaks = [torch.zeros((), dtype=torch.float32, device=x.device)]
+    for piece in _pieces(x, size, limit):
+        shape = piece.bottom - piece.top, piece.padded
+        loaded, spare = (b[: shape[0] * shape[1]].view(shape) for b in buffers)
+        _fill(loaded, x[piece.top : piece.bottom, piece.left : piece.right])
+        turned = _turn(loaded.view(shape[0], -1, size), spare.view(shape[0], -1, size))
+        peaks.append(turned.abs_().nan_to_num_(nan=0.0, posinf=0.0).amax())
+    return torch.stack(peaks).amax()
+
+
 class _Work:
     """How one call goes through its tensor: the pieces, and the buffers that serve all of them.
 
@@ -172,11 +197,13 @@ class _Work:
 
     def __init__(self, x: Tensor, spec: QuantSpec) -> None:
         self.size = spec.block_format.block_size
-        self.direct = spec.rounding == "nearest" and spec.scale_mode not in _SEARCHES and _has_room(spec)
-        self.in_place = x.dtype == torch.float32 and x.shape[1] % self.size == 0
+        once = spec.macro_block is None and spec.residual is None
+        self.direct = once and spec.rounding == "nearest" and spec.scale_mode not in _SEARCHES and _has_room(spec)
+        self.in_place = x.dtype == torch.float32 and x.shape[1] % self.size == 0 and not spec.rotation
         # The counters of stochastic rounding are int64.
         limit = _PIECE if self.direct else _PIECE_OF_REFERENCE >> (spec.rounding == "stochastic")
-        limit = max(limit, self.size)
+        grain = _grain(spec)
+        limit = max(limit // grain * grain, grain)
         self.pieces = _pieces(x, self.size, limit)
         self._buffers = [
             torch.empty(_largest(x, self.size, limit) if needed else 0, dtype=torch.float32, device=x.device)
@@ -196,13 +223,36 @@ class _Work:
             self.unit_bits, self.power_bits = self.units.view(torch.int32), self.powers.view(torch.int32)
         if self.in_place:
             return part.view(shape[0], -1, self.size)
-        rows = self._loaded.view(shape)
-        if part.shape[1] == piece.padded:
-            rows.copy_(part)
-        else:
-            rows[:, : part.shape[1]].copy_(part)
-            rows[:, part.shape[1] :].zero_()
+        _fill(self._loaded.view(shape), part)
         return self._loaded
+
+
+def _fill(rows: Tensor, part: Tensor) -> None:
+    """Copy ``part`` to the left of ``rows``, and zeros to the rest."""
+    if part.shape[1] == rows.shape[1]:
+        rows.copy_(part)
+    else:
+        rows[:, : part.shape[1]].copy_(part)
+        rows[:, part.shape[1] :].zero_()
+
+
+def _turn(values: Tensor, spare: Tensor) -> Tensor:
+    """The transform of ``rotation.py``, in place; ``spare`` has the same shape and is overwritten."""
+    size = values.shape[-1]
+    now, then = values, spare
+    half = 1
+    while half < size:
+        (a, b), (plus, minus) = (t.unflatten(-1, (-1, 2, half)).unbind(-2) for t in (now, then))
+        torch.add(a, b, out=plus)
+        torch.sub(a, b, out=minus)
+        now, then = then, now
+        half *= 2
+    return torch.mul(now, 1 / math.sqrt(size), out=values)
+
+
+def _grain(spec: QuantSpec) -> int:
+    """Elements that have to stay together: those of a block, or of a macro-block."""
+    return spec.macro_block or spec.block_format.block_size
 
 
 def _has_room(spec: QuantSpec) -> bool:
@@ -275,13 +325,17 @@ def _powers(element: ElementFormat, work: _Work) -> float:
     return 1.5 * 2.0 ** (MANTISSA - element.mantissa_bits)
 
 
-def _draws(blocks: Tensor, piece: _Piece, length: int, seed: tuple[int, int] | None) -> Tensor | None:
-    """The uniform numbers of a piece's elements; padding draws some, too, which nothing uses."""
+def _draws(
+    blocks: Tensor, piece: _Piece, length: int, seed: tuple[int, int] | None, spec: QuantSpec
+) -> tuple[Tensor | None, Tensor | None]:
+    """The uniform numbers of a piece's elements for the first pass and for the second; padding draws some, too, which
+    matter only where padding is rotated."""
     if seed is None:
-        return None
+        return None, None
     rows = torch.arange(piece.top, piece.bottom, device=blocks.device).unsqueeze(-1) * length
     columns = torch.arange(piece.left, piece.left + piece.padded, device=blocks.device)
-    return uniform(rows + columns, *seed).view_as(blocks)
+    index = (rows + columns).view_as(blocks)
+    return uniform(index, *seed), None if spec.residual is None else uniform(index, *second_pass(seed))
 
 
 def _decode(packed: Tensor, element: ElementFormat, values: Tensor) -> None:

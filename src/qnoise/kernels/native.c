@@ -13,7 +13,8 @@
    2**k, and adding 1.5 * 2**(k + 23), whose last bit is worth 2**k, rounds u to that ladder with ties to even.
 
    The search for NVFP4's scale of least error estimates all 17 candidates and computes exactly what is too close to
-   call. Everything else follows reference.py, scales.py, rounding.py, packing.py and philox.py line by line. */
+   call. Everything else follows reference.py, scales.py, rounding.py, packing.py, philox.py, rotation.py and
+   macro_block.py line by line. */
 
 #include <float.h>
 #include <pthread.h>
@@ -39,14 +40,19 @@
 
 enum { F32, BF16 };
 enum { NEAREST, HALF_AWAY, STOCHASTIC };
-enum { E8M0, E8M0_MSE, E4M3, E4M3_FOUR_OVER_SIX, E4M3_MSE };
+enum { E8M0, E8M0_MSE, E4M3, E4M3_FOUR_OVER_SIX, E4M3_MSE, E4M3_FOUR_OVER_SIX_MAE, E4M3_FOUR_OVER_SIX_ABSMAX };
+enum { SQUARES, MAGNITUDES, LARGEST };
 
 /* Mirrored field by field by `_Plan` in native.py. */
 typedef struct {
     int32_t block_size, bits, mantissa_bits, emin, emax, is_integer;
     int32_t dtype, rounding, rule;
     int32_t round_up_from; /* E8M0: mantissa bits of amax from which the scale is one binade higher */
+    int32_t macro_block;   /* elements under one factor, or 0 */
+    int32_t rotated;
     float max;
+    float residual;        /* alpha of the second pass, or -1 */
+    float root;            /* fp32(1 / sqrt(block_size)) */
 } Plan;
 
 typedef struct {
@@ -74,6 +80,7 @@ INLINE uint32_t as_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return b
 #endif
 INLINE int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 INLINE int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+INLINE int64_t smaller_count(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* `condition ? a : b` for a condition of 0 or 1, in a form that no compiler turns into a branch. */
 INLINE uint32_t pick(int condition, uint32_t a, uint32_t b) { return b ^ ((a ^ b) & (0u - (uint32_t)condition)); }
@@ -357,17 +364,20 @@ static void side_by_side(const void *x, int count, Lanes *m, int size, int dtype
     }
 }
 
-INLINE float squared_error(float m, float scale, float divisor, float inverse, float gs, Grid g,
-                           const int by_inverse)
+INLINE float one_error(float m, float scale, float divisor, float inverse, float gs, Grid g, const int by_inverse,
+                       const int norm)
 {
     float u = by_inverse ? m * inverse : m / divisor;
     float e = (nearest(u, g) * scale - m) * gs;
-    return e * e;
+    return norm == SQUARES ? e * e : as_float(as_bits(e) & ABS_MASK);
 }
 
-/* ((nearest(m / scale) * scale - m) * gs)**2, summed over a halving tree. A `scale` of 0 divides as infinity does. */
+INLINE float joined(float a, float b, const int norm) { return norm == LARGEST ? (a > b ? a : b) : a + b; }
+
+/* ((nearest(m / scale) * scale - m) * gs)**2, or the magnitude of that error, summed over a halving tree; or the
+   largest magnitude. A `scale` of 0 divides as infinity does. */
 INLINE void sum_errors(const Lanes *m, const float *scale, float gs, float *sum, Grid g, int size,
-                       const int by_inverse)
+                       const int by_inverse, const int norm)
 {
     Lanes e[MAX_BLOCK / 4], divisor, inverse;
     for (int b = 0; b < LANES; b++) {
@@ -378,29 +388,34 @@ INLINE void sum_errors(const Lanes *m, const float *scale, float gs, float *sum,
     for (int i = 0; i < quarter; i++) {
         const float *p = m[i], *q = m[i + quarter], *r = m[i + 2 * quarter], *s = m[i + 3 * quarter];
         for (int b = 0; b < LANES; b++) {
-            float first = squared_error(p[b], scale[b], divisor[b], inverse[b], gs, g, by_inverse);
-            float second = squared_error(q[b], scale[b], divisor[b], inverse[b], gs, g, by_inverse);
-            float third = squared_error(r[b], scale[b], divisor[b], inverse[b], gs, g, by_inverse);
-            float fourth = squared_error(s[b], scale[b], divisor[b], inverse[b], gs, g, by_inverse);
-            e[i][b] = (first + third) + (second + fourth);
+            float first = one_error(p[b], scale[b], divisor[b], inverse[b], gs, g, by_inverse, norm);
+            float second = one_error(q[b], scale[b], divisor[b], inverse[b], gs, g, by_inverse, norm);
+            float third = one_error(r[b], scale[b], divisor[b], inverse[b], gs, g, by_inverse, norm);
+            float fourth = one_error(s[b], scale[b], divisor[b], inverse[b], gs, g, by_inverse, norm);
+            e[i][b] = joined(joined(first, third, norm), joined(second, fourth, norm), norm);
         }
     }
     for (int half = quarter / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++)
             for (int b = 0; b < LANES; b++)
-                e[i][b] += e[i + half][b];
+                e[i][b] = joined(e[i][b], e[i + half][b], norm);
     for (int b = 0; b < LANES; b++)
         sum[b] = e[0][b];
 }
 
 static void errors_of_powers(const Lanes *m, const float *scale, float *sum, Grid g, int size)
 {
-    sum_errors(m, scale, 1.0f, sum, g, size, 1);
+    sum_errors(m, scale, 1.0f, sum, g, size, 1, SQUARES);
 }
 
-static void errors(const Lanes *m, const float *scale, float gs, float *sum, Grid g, int size)
+static void errors(const Lanes *m, const float *scale, float gs, float *sum, Grid g, int size, int rule)
 {
-    sum_errors(m, scale, gs, sum, g, size, 0);
+    if (rule == E4M3_FOUR_OVER_SIX_MAE)
+        sum_errors(m, scale, gs, sum, g, size, 0, MAGNITUDES);
+    else if (rule == E4M3_FOUR_OVER_SIX_ABSMAX)
+        sum_errors(m, scale, gs, sum, g, size, 0, LARGEST);
+    else
+        sum_errors(m, scale, gs, sum, g, size, 0, SQUARES);
 }
 
 static void e8m0_mse(Tile *t, const void *x, int blocks, Grid g, int size, int dtype)
@@ -556,7 +571,7 @@ static void e4m3_search(Tile *t, const void *x, int blocks, float gs, Grid g, in
                 continue;
             for (int b = 0; b < LANES; b++)
                 scale[b] = s[c][b] / gs;
-            errors(m, scale, gs, sum, g, size);
+            errors(m, scale, gs, sum, g, size, rule);
             for (int b = 0; b < LANES; b++) {
                 int better = open[b] & (sum[b] < best[b]);
                 best[b] = pick_float(better, sum[b], best[b]);
@@ -810,6 +825,243 @@ static void quantize_range(const Job *job)
     }
 }
 
+/* ---- what a spec does around the quantizer: tiles of whole blocks in fp32, a ragged tail padded with zeros ---- */
+
+#define WIDE 4096 /* elements of such a tile: whole blocks and whole macro-blocks */
+
+INLINE int wide_blocks(int size) { return size * TILE_BLOCKS <= WIDE ? TILE_BLOCKS : WIDE / size; }
+
+static int64_t wide_tiles_per_row(int64_t columns, int64_t size)
+{
+    const int64_t each = wide_blocks((int)size);
+    return ((columns + size - 1) / size + each - 1) / each;
+}
+
+/* Neighbours become their sum and their difference, sums to the lower half and differences to the upper: the lowest bit
+   of the index becomes the highest. After all stages every bit is back, and stage k has met the elements whose index
+   differs in bit k, as the butterfly of rotation.py does. */
+INLINE void turn_once(const float *from, float *to, const int size)
+{
+    for (int i = 0; i < size / 2; i++) {
+        float a = from[2 * i], b = from[2 * i + 1];
+        to[i] = a + b;
+        to[size / 2 + i] = a - b;
+    }
+}
+
+/* Written out for the sizes that every format of the library has, so that the numbers stay in registers. */
+INLINE void turn_block(float *x, const int size, float root)
+{
+    float y[MAX_BLOCK], z[MAX_BLOCK];
+    turn_once(x, y, size);
+    turn_once(y, z, size);
+    if (size == 16 || size == 32) {
+        turn_once(z, y, size);
+        turn_once(y, z, size);
+        if (size == 32)
+            turn_once(z, y, size);
+        for (int i = 0; i < size; i++)
+            x[i] = (size == 32 ? y[i] : z[i]) * root;
+        return;
+    }
+    for (int h = 4; h < size; h *= 2) {
+        turn_once(z, y, size);
+        memcpy(z, y, (size_t)size * sizeof *y);
+    }
+    for (int i = 0; i < size; i++)
+        x[i] = z[i] * root;
+}
+
+static void turn(float *x, int blocks, int size, float root)
+{
+    if (size == 32)
+        for (int b = 0; b < blocks; b++)
+            turn_block(x + 32 * b, 32, root);
+    else if (size == 16)
+        for (int b = 0; b < blocks; b++)
+            turn_block(x + 16 * b, 16, root);
+    else
+        for (int b = 0; b < blocks; b++)
+            turn_block(x + size * b, size, root);
+}
+
+static void load_wide(const void *x, float *wide, int64_t count, int64_t padded, int dtype)
+{
+    if (dtype == BF16)
+        for (int64_t i = 0; i < count; i++)
+            wide[i] = as_float(load_bits(x, i, BF16));
+    else
+        memcpy(wide, x, (size_t)count * 4);
+    memset(wide + count, 0, (size_t)(padded - count) * 4);
+}
+
+static void store_wide(void *out, const float *wide, int64_t count, int dtype)
+{
+    if (dtype == BF16)
+        for (int64_t i = 0; i < count; i++)
+            store_bits(out, i, as_bits(wide[i]), BF16);
+    else
+        memcpy(out, wide, (size_t)count * 4);
+}
+
+/* Finite peaks of the macro-blocks of a tile, the last one maybe short. */
+static void macro_peaks(const float *x, int64_t count, int64_t macro, uint32_t *peak)
+{
+    for (int64_t at = 0; at < count; at += macro) {
+        const int64_t end = count - at < macro ? count : at + macro;
+        int32_t top = 0;
+        for (int64_t i = at; i < end; i++) {
+            int32_t m = (int32_t)(as_bits(x[i]) & ABS_MASK);
+            top = larger(m < (int32_t)EXPONENT_MASK ? m : 0, top);
+        }
+        peak[at / macro] = (uint32_t)top;
+    }
+}
+
+/* The fields of a finite magnitude that is not zero; of a subnormal, those of the number it is. */
+INLINE uint32_t normalised(uint32_t bits, int32_t *exponent)
+{
+    const int subnormal = bits < 1u << 23;
+    uint32_t m = pick(subnormal, as_bits((float)(int32_t)bits), bits);
+    *exponent = (int32_t)(m >> 23) - 127 - 149 * subnormal;
+    return m & 0x7fffffu;
+}
+
+/* Times or divided by the factor of its macro-block. */
+static void by_factors(const float *x, float *out, const float *factor, int64_t count, int64_t macro, int divided)
+{
+    for (int64_t at = 0; at < count; at += macro) {
+        const int64_t end = count - at < macro ? count : at + macro;
+        const float f = factor[at / macro];
+        if (divided)
+            for (int64_t i = at; i < end; i++)
+                out[i] = x[i] / f;
+        else
+            for (int64_t i = at; i < end; i++)
+                out[i] = x[i] * f;
+    }
+}
+
+/* `factor` of each macro-block of the tile; 16 candidates are tried where the rule compares errors. */
+static void macro_factors(const Job *job, const float *x, int blocks, float *factor)
+{
+    const Plan *plan = job->plan;
+    const int64_t macro = plan->macro_block, count = (int64_t)blocks * plan->block_size;
+    const int groups = (int)((count + macro - 1) / macro);
+    uint32_t peak[WIDE / 32];
+    macro_peaks(x, count, macro, peak);
+    if (plan->rule == E8M0_MSE) {
+        float magnitude[WIDE], raised[WIDE], values[WIDE], best[WIDE / 32], trial[WIDE / 32], tree[WIDE];
+        Plan nearest_plan = *plan;
+        Job inner = *job;
+        nearest_plan.rounding = NEAREST;
+        inner.plan = &nearest_plan;
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t bits = as_bits(x[i]) & ABS_MASK;
+            magnitude[i] = as_float(bits < EXPONENT_MASK ? bits : 0);
+        }
+        for (int k = 0; k < groups; k++) {
+            best[k] = as_float(EXPONENT_MASK);
+            factor[k] = 1.0f;
+        }
+        for (int step = 0; step < 16; step++) { /* smallest factor first: it keeps a tie */
+            for (int k = 0; k < groups; k++)
+                trial[k] = 1.0f + (float)step * 0x1p-4f;
+            by_factors(magnitude, raised, trial, count, macro, 0);
+            quantize_tile(&inner, raised, values, 0, 0, blocks, 1.0f, 0);
+            by_factors(values, values, trial, count, macro, 1);
+            for (int k = 0; k < groups; k++) {
+                const int64_t at = k * macro, end = count - at < macro ? count : at + macro;
+                int32_t exponent = 0;
+                if (peak[k])
+                    normalised(peak[k], &exponent);
+                const float unit = e8m0_value(smaller(larger(exponent, -127), 127) + 127);
+                for (int64_t i = at; i < end; i++) {
+                    float e = (values[i] - magnitude[i]) / unit;
+                    tree[i - at] = e * e;
+                }
+                for (int64_t i = end; i < at + macro; i++)
+                    tree[i - at] = 0.0f;
+                for (int64_t half = macro / 2; half > 0; half /= 2)
+                    for (int64_t i = 0; i < half; i++)
+                        tree[i] += tree[i + half];
+                if (tree[0] < best[k]) {
+                    best[k] = tree[0];
+                    factor[k] = trial[k];
+                }
+            }
+        }
+    }
+    for (int k = 0; k < groups; k++) {
+        if (peak[k] && plan->rule != E8M0_MSE) {
+            int32_t exponent;
+            float ratio = plan->max / as_float(normalised(peak[k], &exponent) | 0x3f800000u);
+            factor[k] = as_float((as_bits(ratio) & 0x007f8000u) | 0x3f800000u);
+        }
+        if (!peak[k] || as_bits(factor[k] * as_float(peak[k])) >= EXPONENT_MASK)
+            factor[k] = 1.0f;
+    }
+}
+
+/* Q of a tile; x and out differ. */
+static void one_pass(const Job *job, const float *x, float *out, int blocks, float gs, uint64_t index)
+{
+    if (!job->plan->macro_block) {
+        quantize_tile(job, x, out, 0, 0, blocks, gs, index);
+        return;
+    }
+    const int64_t count = (int64_t)blocks * job->plan->block_size;
+    float factor[WIDE / 32], raised[WIDE];
+    macro_factors(job, x, blocks, factor);
+    by_factors(x, raised, factor, count, job->plan->macro_block, 0);
+    quantize_tile(job, raised, out, 0, 0, blocks, gs, index);
+    by_factors(out, out, factor, count, job->plan->macro_block, 1);
+}
+
+static void around_range(const Job *job)
+{
+    const Plan *plan = job->plan;
+    const int64_t size = plan->block_size, bytes = dtype_bytes(plan->dtype), columns = job->columns;
+    const int64_t row_blocks = (columns + size - 1) / size, per_row = wide_tiles_per_row(columns, size);
+    Plan wide = *plan;
+    Job inner = *job;
+    wide.dtype = F32;
+    inner.plan = &wide;
+    for (int64_t unit = job->first; unit < job->last; unit++) {
+        const int64_t row = unit / per_row, block = unit % per_row * wide_blocks((int)size);
+        const int64_t left = row_blocks - block, at = row * columns + block * size;
+        const int blocks = left < wide_blocks((int)size) ? (int)left : wide_blocks((int)size);
+        const int64_t padded = blocks * size, count = smaller_count(columns - block * size, padded);
+        const uint64_t index = job->offset + (uint64_t)at;
+        const float gs = job->divisor ? job->divisor[row * job->divisor_stride] : 1.0f;
+        float x[WIDE], y[WIDE];
+        load_wide((const char *)job->x + at * bytes, x, count, padded, plan->dtype);
+        if (plan->rotated)
+            turn(x, blocks, (int)size, plan->root);
+        if (job->codes) {
+            const int64_t number = row * row_blocks + block;
+            /* The sign of a NaN that came out of a sum depends on the machine. */
+            for (int64_t i = 0; i < padded; i++)
+                x[i] = pick_float(x[i] == x[i], x[i], as_float(NAN_BITS));
+            quantize_tile(&inner, x, 0, job->codes + number * size * plan->bits / 8, job->scales + number, blocks, gs,
+                          index);
+            continue;
+        }
+        one_pass(&inner, x, y, blocks, gs, index);
+        if (plan->residual >= 0.0f) {
+            float rest[WIDE];
+            for (int64_t i = 0; i < padded; i++)
+                x[i] -= y[i];
+            one_pass(&inner, x, rest, blocks, gs, index + ((uint64_t)1 << 63));
+            for (int64_t i = 0; i < padded; i++)
+                y[i] = y[i] + rest[i] * plan->residual;
+        }
+        if (plan->rotated)
+            turn(y, blocks, (int)size, plan->root);
+        store_wide((char *)job->out + at * bytes, y, count, plan->dtype);
+    }
+}
+
 INLINE void value_blocks(const uint8_t *codes, const float *scale, void *out, int blocks, Grid g, const int size,
                          const int dtype, const int is_integer, const int bits)
 {
@@ -899,6 +1151,26 @@ static void dequantize_range(const Job *job)
     }
 }
 
+/* The same, rotated back. */
+static void turned_values_range(const Job *job)
+{
+    const Plan *plan = job->plan;
+    const int64_t size = plan->block_size, bytes = dtype_bytes(plan->dtype), columns = job->columns;
+    const int64_t row_blocks = (columns + size - 1) / size, per_row = wide_tiles_per_row(columns, size);
+    for (int64_t unit = job->first; unit < job->last; unit++) {
+        const int64_t row = unit / per_row, block = unit % per_row * wide_blocks((int)size);
+        const int64_t left = row_blocks - block, number = row * row_blocks + block;
+        const int blocks = left < wide_blocks((int)size) ? (int)left : wide_blocks((int)size);
+        const int64_t count = smaller_count(columns - block * size, blocks * size);
+        const float gs = job->divisor ? job->divisor[row * job->divisor_stride] : 1.0f;
+        float values[WIDE];
+        dequantize_tile(plan, job->codes + number * size * plan->bits / 8, job->scales + number, values, blocks, gs,
+                        F32);
+        turn(values, blocks, (int)size, plan->root);
+        store_wide((char *)job->out + (row * columns + block * size) * bytes, values, count, plan->dtype);
+    }
+}
+
 /* Largest finite magnitude of a row, as fp32 bits. Mostly no number is NaN or Inf: then one maximum is enough. */
 static uint32_t finite_peak(const void *x, int64_t count, int dtype)
 {
@@ -924,6 +1196,22 @@ static void amax_range(const Job *job)
     for (int64_t row = job->first; row < job->last; row++) {
         const char *x = (const char *)job->x + row * job->columns * dtype_bytes(job->plan->dtype);
         ((uint32_t *)job->out)[row] = finite_peak(x, job->columns, job->plan->dtype);
+    }
+}
+
+/* The largest finite magnitude of each rotated tile to `out`. */
+static void turned_amax_range(const Job *job)
+{
+    const Plan *plan = job->plan;
+    const int64_t size = plan->block_size, bytes = dtype_bytes(plan->dtype), columns = job->columns;
+    const int64_t per_row = wide_tiles_per_row(columns, size), most = wide_blocks((int)size) * size;
+    for (int64_t unit = job->first; unit < job->last; unit++) {
+        const int64_t row = unit / per_row, start = unit % per_row * most;
+        const int64_t count = smaller_count(columns - start, most), padded = (count + size - 1) / size * size;
+        float x[WIDE];
+        load_wide((const char *)job->x + (row * columns + start) * bytes, x, count, padded, plan->dtype);
+        turn(x, (int)(padded / size), (int)size, plan->root);
+        ((uint32_t *)job->out)[unit] = finite_peak(x, padded, F32);
     }
 }
 
@@ -1008,12 +1296,21 @@ static void run(RangeFunction *function, const Job *job, int64_t units, int thre
 
 /* ---- what native.py calls; a block may be written where it was read ---- */
 
+static void run_quantizer(const Job *job, int threads)
+{
+    const Plan *plan = job->plan;
+    if (plan->rotated || plan->macro_block || plan->residual >= 0.0f)
+        run(around_range, job, job->rows * wide_tiles_per_row(job->columns, plan->block_size), threads);
+    else
+        run(quantize_range, job, job->rows * tiles_per_row(job->columns, plan->block_size), threads);
+}
+
 EXPORT void qnoise_fake_quantize(const Plan *plan, const void *x, void *out, int64_t rows, int64_t columns,
                                  const float *divisor, int64_t divisor_stride, uint64_t seed, uint64_t offset,
                                  int threads)
 {
     Job job = {plan, x, out, 0, 0, divisor, rows, columns, divisor_stride, seed, offset, 0, 0};
-    run(quantize_range, &job, rows * tiles_per_row(columns, plan->block_size), threads);
+    run_quantizer(&job, threads);
 }
 
 EXPORT void qnoise_quantize(const Plan *plan, const void *x, uint8_t *codes, uint8_t *scales, int64_t rows,
@@ -1021,14 +1318,30 @@ EXPORT void qnoise_quantize(const Plan *plan, const void *x, uint8_t *codes, uin
                             uint64_t offset, int threads)
 {
     Job job = {plan, x, 0, codes, scales, divisor, rows, columns, divisor_stride, seed, offset, 0, 0};
-    run(quantize_range, &job, rows * tiles_per_row(columns, plan->block_size), threads);
+    run_quantizer(&job, threads);
 }
 
 EXPORT void qnoise_dequantize(const Plan *plan, const uint8_t *codes, const uint8_t *scales, void *out, int64_t rows,
                               int64_t columns, const float *divisor, int64_t divisor_stride, int threads)
 {
     Job job = {plan, 0, out, (uint8_t *)codes, (uint8_t *)scales, divisor, rows, columns, divisor_stride, 0, 0, 0, 0};
-    run(dequantize_range, &job, rows * tiles_per_row(columns, plan->block_size), threads);
+    if (plan->rotated)
+        run(turned_values_range, &job, rows * wide_tiles_per_row(columns, plan->block_size), threads);
+    else
+        run(dequantize_range, &job, rows * tiles_per_row(columns, plan->block_size), threads);
+}
+
+/* Numbers that qnoise_rotated_amax writes. */
+EXPORT int64_t qnoise_rotated_tiles(const Plan *plan, int64_t rows, int64_t columns)
+{
+    return rows * wide_tiles_per_row(columns, plan->block_size);
+}
+
+/* Largest finite magnitude of each piece of the rotated rows. */
+EXPORT void qnoise_rotated_amax(const Plan *plan, const void *x, float *out, int64_t rows, int64_t columns, int threads)
+{
+    Job job = {plan, x, out, 0, 0, 0, rows, columns, 0, 0, 0, 0, 0};
+    run(turned_amax_range, &job, qnoise_rotated_tiles(plan, rows, columns), threads);
 }
 
 /* Largest finite magnitude of each row; a single row is cut in pieces for the threads. */

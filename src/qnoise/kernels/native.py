@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -26,7 +27,7 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,21 @@ _TUNINGS = tuple((*processor, *threads) for threads in (("-fopenmp",), ()) for p
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ROUNDINGS = {name: number for number, name in enumerate(ROUNDINGS)}
 _E8M0_RULES = {"floor": 0, "rceil": 0, "ceil": 0, "even": 0, "mse": 1}
-_E4M3_RULES = {"two_level": 2, "single_level": 2, "four_over_six": 3, "mse": 4}
+_E4M3_RULES = {
+    "two_level": 2,
+    "single_level": 2,
+    "four_over_six": 3,
+    "mse": 4,
+    "four_over_six_mae": 5,
+    "four_over_six_absmax": 6,
+}
+_AROUND = (
+    QuantSpec("mxfp4", rotation="hadamard"),
+    QuantSpec("nvfp4", rotation="hadamard", residual=0.5, rounding="stochastic"),
+    QuantSpec("mxfp4", "even", macro_block=128, residual=1.0),
+    QuantSpec("mxfp4", "mse", macro_block=128),
+)
+"""What the check of a library takes of specs that do something around the quantizer."""
 _MAX_BLOCK = 256
 _ELEMENTS_PER_THREAD = 1 << 17
 """Below this a thread costs more to start than it saves."""
@@ -61,8 +76,8 @@ class _Plan(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("block_size", "bits", "mantissa_bits", "emin", "emax", "is_integer")),
-        *((name, ctypes.c_int32) for name in ("dtype", "rounding", "rule", "round_up_from")),
-        ("max", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("dtype", "rounding", "rule", "round_up_from", "macro_block", "rotated")),
+        *((name, ctypes.c_float) for name in ("max", "residual", "root")),
     ]
 
 
@@ -93,8 +108,9 @@ def supports(spec: QuantSpec, dtype: torch.dtype) -> bool:
     inside = element.emin - element.mantissa_bits >= -32 and element.emin <= element.emax <= 32
     rules = _E4M3_RULES if block.per_tensor_scale else _E8M0_RULES
     # Whatever else a spec may say one day is not in native.c.
-    plain = spec == QuantSpec(spec.fmt, spec.scale_mode, spec.rounding) and spec.scale_mode in rules
-    return dtype in _DTYPES and block.block_size <= _MAX_BLOCK and inside and plain
+    around = (spec.macro_block, spec.residual, spec.rotation)
+    known = spec == QuantSpec(spec.fmt, spec.scale_mode, spec.rounding, *around) and spec.scale_mode in rules
+    return dtype in _DTYPES and block.block_size <= _MAX_BLOCK and inside and known
 
 
 def fake_quantize_rows(
@@ -177,6 +193,24 @@ def tensor_amax(x: Tensor) -> Tensor:
     return amax_rows(x.reshape(1, -1)).reshape(())
 
 
+def rotated_amax(x: Tensor, spec: QuantSpec) -> Tensor:
+    """Largest finite magnitude of the rotated blocks of ``x``, contiguous (R, K) as for :func:`fake_quantize_rows`:
+    fp32 (); 0 where there is none.
+
+    Raises:
+        ValueError: ``x`` does not fit.
+        RuntimeError: the compiled path is not available.
+    """
+    library = _library()
+    _check_rows("x", x, spec)
+    if not x.numel():
+        return torch.zeros((), dtype=torch.float32)
+    plan, (rows, columns, *_) = _plan(spec, x.dtype), _shape(x, spec, None)
+    peaks = torch.empty(library.qnoise_rotated_tiles(plan, rows, columns), dtype=torch.float32)
+    library.qnoise_rotated_amax(plan, x.data_ptr(), peaks.data_ptr(), rows, columns, _threads(x))
+    return peaks.amax()
+
+
 def _amax(library: ctypes.CDLL, x: Tensor) -> Tensor:
     out = torch.zeros(x.shape[0], dtype=torch.float32)
     if x.numel():
@@ -257,7 +291,7 @@ def _shape(x: Tensor, spec: QuantSpec, divisor: Tensor | None) -> tuple[int, int
     ):
         raise ValueError(f"divisor must be fp32, () or contiguous ({rows},), got {_describe(divisor)}")
     stride = 0 if divisor is None else divisor.ndim
-    if not stride and columns % spec.block_format.block_size == 0:
+    if not stride and columns % (spec.macro_block or spec.block_format.block_size) == 0:
         rows, columns = 1, rows * columns
     return rows, columns, None if divisor is None else divisor.data_ptr(), stride
 
@@ -282,7 +316,9 @@ def _plan(spec: QuantSpec, dtype: torch.dtype) -> Any:
     carry = 0 if block.per_tensor_scale else e8m0_carry(spec)
     plan = _Plan(
         block.block_size, element.bits, element.mantissa_bits, element.emin, element.emax, element.is_integer,
-        _DTYPES[dtype], _ROUNDINGS[spec.rounding], rule, (1 << 23) - carry, element.max,
+        _DTYPES[dtype], _ROUNDINGS[spec.rounding], rule, (1 << 23) - carry,
+        spec.macro_block or 0, spec.rotation is not None,
+        element.max, -1.0 if spec.residual is None else spec.residual, 1 / math.sqrt(block.block_size),
     )  # fmt: skip
     return ctypes.byref(plan)
 
@@ -327,12 +363,20 @@ def _find() -> _State:
 
 
 def _open() -> tuple[ctypes.CDLL, str]:
-    """The library and how it was made: from the cache, or built now by the first compiler that can.
+    return compiled(_SOURCE, _bind)
+
+
+def compiled(file: Path, bind: Callable[[Path], ctypes.CDLL]) -> tuple[ctypes.CDLL, str]:
+    """A library and how it was made: from the cache, or built now by the first compiler that can.
+
+    Args:
+        file: the C source, all in one file.
+        bind: loads the library of a path and declares its functions.
 
     Raises:
         OSError: there is no compiler, or none of them built a library that loads.
     """
-    source = _SOURCE.read_bytes()
+    source = file.read_bytes()
     directory = _cache_directory()
     failures: list[str] = []
     for compiler in _compilers():
@@ -349,7 +393,8 @@ def _open() -> tuple[ctypes.CDLL, str]:
             # A library that cannot be kept, or not be run from where it is kept, serves this process alone.
             for place in dict.fromkeys((directory, None)):
                 try:
-                    return _cached(place, key) or _built(place, key, [*compiler, *flags]), label
+                    command = [*compiler, *flags, str(file)]
+                    return _cached(place, key, bind) or _built(place, key, command, bind), label
                 except OSError as error:
                     failures.append(str(error))
     raise OSError("; ".join(dict.fromkeys(failures)) or "no C compiler found ($CC, cc, gcc, clang)")
@@ -424,7 +469,7 @@ def _is_private(directory: Path) -> bool:
     return True
 
 
-def _cached(directory: Path | None, key: str) -> ctypes.CDLL | None:
+def _cached(directory: Path | None, key: str, bind: Callable[[Path], ctypes.CDLL]) -> ctypes.CDLL | None:
     """A library built earlier. A file that is not what its name says, or does not load, is removed."""
     if directory is None:
         return None
@@ -434,24 +479,24 @@ def _cached(directory: Path | None, key: str) -> ctypes.CDLL | None:
             own = stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
             # A truncated library can end the process that opens it, so its hash is compared first.
             if own and path.stem == f"{key}-{_digest(path)}":
-                return _bind(path)
+                return bind(path)
         except OSError:
             pass
         path.unlink(missing_ok=True)
     return None
 
 
-def _built(directory: Path | None, key: str, command: list[str]) -> ctypes.CDLL:
+def _built(directory: Path | None, key: str, command: list[str], bind: Callable[[Path], ctypes.CDLL]) -> ctypes.CDLL:
     """Compile, give the file its name by one rename, load it."""
     with tempfile.TemporaryDirectory(prefix="qnoise-", dir=directory) as name:
         made = Path(name, "native.so")
-        _run([*command, "-o", str(made), str(_SOURCE)])
+        _run([*command, "-o", str(made)])
         if directory is None:
-            return _bind(made)  # the mapping outlives the file
+            return bind(made)  # the mapping outlives the file
         made.chmod(0o600)
         path = directory / f"{key}-{_digest(made)}.so"
         made.replace(path)
-        return _bind(path)
+        return bind(path)
 
 
 def _digest(path: Path) -> str:
@@ -467,13 +512,15 @@ def _bind(path: Path) -> ctypes.CDLL:
         "qnoise_quantize": [plan, address, address, address, *where, word, word, ctypes.c_int],
         "qnoise_dequantize": [plan, address, address, address, *where, ctypes.c_int],
         "qnoise_amax": [ctypes.c_int, address, address, size, size, ctypes.c_int],
+        "qnoise_rotated_tiles": [plan, size, size],
+        "qnoise_rotated_amax": [plan, address, address, size, size, ctypes.c_int],
     }
     for name, arguments in signatures.items():
         function = getattr(library, name, None)
         if function is None:
             raise OSError(f"{path} has no function {name}")
         function.argtypes = arguments
-        function.restype = None
+        function.restype = size if name == "qnoise_rotated_tiles" else None
     return library
 
 
@@ -492,6 +539,9 @@ def _first_difference(library: ctypes.CDLL) -> str | None:
                 for dtype in _DTYPES if rest and rounding == "nearest" else (torch.float32,):
                     if supports(spec, dtype) and not _agrees(library, x.to(dtype), spec, codes=rest):
                         return f"{spec}, {str(dtype).removeprefix('torch.')}"
+    for spec in _AROUND:
+        if not _agrees(library, x, spec, codes=spec.macro_block is None and spec.residual is None):
+            return f"{spec}, float32"
     if not _same(_amax(library, x), torch.where(x.isfinite(), x, 0).abs().amax(-1)):
         return "the maximum"
     return None
