@@ -27,16 +27,22 @@ from benchmarks.kernel_artefacts import (
     recorded_kernels,
     row,
     shortest_path,
+    with_noise,
 )
 from qnoise import formats
 from qnoise.formats import E2M1, E3M2, FORMATS, BlockFormat, QuantSpec
 from qnoise.kernels.gpu.launch import supports
 
 # ALU instructions an element on sm_90, bf16. At 4.3 TB/s the copy of a bf16 tensor leaves time for 13.8.
-GOALS = {"fake_quantize mxfp4 bf16": 9, "fake_quantize nvfp4 bf16": 10, "pack mxfp4 bf16": 10}
+GOALS = {
+    "fake_quantize mxfp4 bf16": 9,
+    "fake_quantize nvfp4 bf16": 10,
+    "pack mxfp4 bf16": 10,
+    "pack nvfp4 bf16": 10,
+}
 
 
-def check(kernel, target: str) -> None:
+def check(kernel, target: str) -> Artefact:
     artefact = compiled(kernel, target)
     assert not faults(kernel, artefact), kernel.name
     before = read_recorded().get((target, kernel.name))
@@ -47,6 +53,7 @@ def check(kernel, target: str) -> None:
         assert "max.NaN.f32" in artefact.text
     if target == "sm_90" and kernel.name in GOALS:
         assert row(kernel, artefact)["alu_per_element"] <= GOALS[kernel.name]
+    return artefact
 
 
 def read_version() -> str:
@@ -60,6 +67,19 @@ def read_version() -> str:
 def test_the_4_bit_formats_on_sm_90(fmt: str) -> None:
     for kernel in quantizers(QuantSpec(fmt), "bf16"):
         check(kernel, "sm_90")
+
+
+def test_rotation_and_noise_on_sm_90() -> None:
+    """They add shuffles, sums and products: no memory of the program, and no product fused with a sum."""
+    plain = check(quantizers(QuantSpec("nvfp4"), "bf16")[0], "sm_90")
+    rotated = check(quantizers(QuantSpec("nvfp4", rotation="hadamard"), "bf16")[0], "sm_90")
+    noisy, noisy_amax = (check(kernel, "sm_90") for kernel in with_noise(QuantSpec("nvfp4"), "bf16"))
+    assert plain.shared == rotated.shared == noisy.shared == 0
+    assert plain.path["FFMA"] == rotated.path["FFMA"] == noisy.path["FFMA"]
+    assert rotated.path["SHFL"] > plain.path["SHFL"]
+    assert noisy.accesses()["load 128"] == 3 * plain.accesses()["load 128"]  # z is fp32, x bf16
+    assert noisy_amax.path["FFMA"] == 0
+    check(quantizers(QuantSpec("mxfp4", rotation="hadamard"), "bf16")[1], "sm_90")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
@@ -78,7 +98,7 @@ def test_everything_is_recorded() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # some 200 kernels, half a second each on a machine of its own
+@pytest.mark.timeout(1200)  # some 250 kernels, half a second each on a machine of its own
 @pytest.mark.parametrize("target", TARGETS)
 def test_all_of_it(target: str) -> None:
     for fmt, block in FORMATS.items():
@@ -88,6 +108,11 @@ def test_all_of_it(target: str) -> None:
                     kernels = quantizers(QuantSpec(fmt, mode, rounding), dtype)
                     for kernel in kernels if (mode, rounding) == (block.scale_modes[0], "nearest") else kernels[:2]:
                         check(kernel, target)
+            if dtype == "bf16" or fmt in ("mxfp4", "nvfp4"):
+                for kernel in quantizers(QuantSpec(fmt, rotation="hadamard"), dtype):
+                    check(kernel, target)
+    for kernel in with_noise(QuantSpec("nvfp4"), "fp32"):
+        check(kernel, target)
     for kernel in others("fp32"):
         check(kernel, target)
 
@@ -170,7 +195,9 @@ $slow:
 
 
 def test_which_formats_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(supports(QuantSpec(fmt)) for fmt in FORMATS)
+    assert all(supports(QuantSpec(fmt, rotation=rotation)) for fmt in FORMATS for rotation in (None, "hadamard"))
+    assert not supports(QuantSpec("mxfp4", macro_block=128))
+    assert not supports(QuantSpec("nvfp4", residual=0.5, rotation="hadamard"))
     small = BlockFormat("test_gpu_block_4", E2M1, 4, "e8m0", False, ("floor",))
     wide = BlockFormat("test_gpu_emin", replace(E2M1, emin=2, max=24.0), 32, "e8m0", False, ("floor",))
     for fmt in (small, wide, replace(small, name="test_gpu_6_bits", element=E3M2, block_size=8)):

@@ -4,9 +4,10 @@ Triton decides when a kernel is defined whether it will be interpreted, so this 
 read what it prints: a JSON object, name of the check → what was wrong ("" if nothing). A program costs milliseconds
 whatever its size, so tiles are made as large as the data, except where the cutting into programs is what is tested.
 
-Four things the interpreter does otherwise than a GPU are put right here: it loses bf16 numbers below 2**-126 in
-conversions, runs a reduction it does not know element by element, hides NaN in maxima it does know only with a warning,
-and warns of overflow.
+What the interpreter does otherwise than a GPU is put right here: it loses bf16 numbers below 2**-126 in conversions,
+runs a reduction it does not know element by element, hides NaN in maxima it does know only with a warning, and warns of
+overflow. That of Triton 3.6 also rounds a fused multiply-add twice, lets NaN through a minimum with a number, and
+needs a numpy below 2.4.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from qnoise import reference
-from qnoise.formats import FORMATS, ROUNDINGS, QuantSpec
+from qnoise import NoiseScheduler, ops, patch_model, reference, unpatch_model
+from qnoise.formats import E4M3, FORMATS, ROUNDINGS, QuantSpec
 from qnoise.kernels.gpu import amax, fake_quantize, log_probs, pack, rounding, scales, unpack
+from qnoise.nn import linear as linear_module
 from qnoise.packing import decode
 from qnoise.packing import unpack as unpack_codes
 from qnoise.philox import uniform
 from qnoise.rounding import round_magnitude
+from qnoise.schedules import Constant
 
 CHECKS: dict[str, Callable[[], None]] = {}
 ZERO_DRAW = (0, 14883995)  # (seed, offset) whose first uniform number is 0
@@ -62,14 +65,30 @@ def correct_the_interpreter() -> None:
             return self.min_max(input[0], val_reduce_op=np.max)  # propagates NaN
         return reduce(self, input)
 
-    interpreter.InterpreterBuilder.cast_impl = cast_impl
     builder = interpreter.InterpreterBuilder
+    builder.cast_impl = cast_impl
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, cast_impl)
     builder.create_fp_to_fp = lambda self, src, to, mode: cast_impl(self, src, to)
     interpreter.ReduceOps.apply_impl = apply_impl
+    builder.create_fma = lambda self, x, y, z: interpreter.TensorHandle(fused(x.data, y.data, z.data), z.dtype.scalar)
+    for name, function in (("create_minnumf", np.fmin), ("create_maxnumf", np.fmax)):
+        setattr(builder, name, lambda self, a, b, function=function: self.binary_op(a, b, function))
     warnings.simplefilter("ignore")
     np.seterr(all="ignore")
+
+
+def fused(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """x y + z, fp32, rounded once: the fp64 sum of the exact product is rounded to odd, so that the second rounding
+    sees on which side of a tie it is."""
+    product, addend = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
+    total = np.atleast_1d(product + addend)
+    rest = total - product
+    lost = (product - (total - rest)) + (addend - rest)
+    bits = total.view(np.int64)
+    even = np.isfinite(lost) & (lost != 0) & (bits & 1 == 0)
+    bits += np.where(even, np.where((lost > 0) == (total > 0), 1, -1), 0)
+    return total.astype(np.float32).reshape(np.broadcast_shapes(x.shape, y.shape, z.shape))
 
 
 def tiles_of(elements: int) -> None:
@@ -185,7 +204,7 @@ def other_roundings() -> None:
     tiles_of(ALL_OF_IT)
     x = hard_numbers(3)
     for i, spec in enumerate(specs("half_away", "stochastic")):
-        if spec.scale_mode in ("floor", "rceil", "two_level", "single_level", "four_over_six"):
+        if spec.scale_mode in ("floor", "rceil", "two_level", "single_level", "four_over_six_mae"):
             # Counters that pass 2**64, and one with its bit 31 set.
             offset = 2**64 - 1000 if i % 4 == 1 else 3 * 2**31
             seed = (i * 0x9E3779B97F4A7C15 - 2**63, offset) if spec.rounding == "stochastic" else None
@@ -215,6 +234,82 @@ def divisors_of_every_size() -> None:
     # The second quotient is 2 - 2**-23: a 16-bit input does not mean a quotient of few bits.
     x = torch.tensor([[5.96875, 255 / 128]]).bfloat16()
     all_kernels_equal(x, QuantSpec("nvfp4"), torch.tensor(float.fromhex("0x1.7e8002p+2")))
+
+
+@check
+def rotated() -> None:
+    """Every format, with sums that overflow, NaN and Inf; ragged rows, several programs, other roundings and modes."""
+    tiles_of(ALL_OF_IT)
+    x = hard_numbers(9).reshape(-1, 32)[::5].reshape(1, -1)
+    for i, fmt in enumerate(FORMATS):
+        all_kernels_equal(x if i % 2 else x.bfloat16(), QuantSpec(fmt, rotation="hadamard"), None)
+    for fmt, mode, each, tile in (
+        ("mxfp4", "mse", "half_away", 256),
+        ("nvfp4", "four_over_six_absmax", "stochastic", 512),
+        ("nvfp4", "two_level", "nearest", ALL_OF_IT),
+    ):
+        tiles_of(tile)
+        part = x[:, 9000 : 9000 + 2 * 665].reshape(2, 665).contiguous()
+        finite = part.nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
+        given = finite if tile == 512 else None
+        all_kernels_equal(part, QuantSpec(fmt, mode, each, rotation="hadamard"), given, (7, 9))
+
+
+@check
+def relative_noise() -> None:
+    """Bits of the noisy weight that `qnoise.nn` makes, quantized."""
+    generator = torch.Generator().manual_seed(10)
+    numbers = hard_numbers(10)[0, ::6][:11000].contiguous()
+    for dtype, z_dtype, fmt in (
+        (torch.float32, torch.float32, "mxfp4"),
+        (torch.bfloat16, torch.float32, "nvfp4"),
+        (torch.float16, torch.float16, "mxfp6_e3m2"),
+        (torch.bfloat16, torch.bfloat16, "mxint8"),
+    ):
+        for rotation in (None, "hadamard"):
+            tiles_of(4096 if rotation else ALL_OF_IT)
+            x = numbers.reshape(2, 5500).to(dtype)
+            z = torch.randn(x.shape, generator=generator).to(z_dtype)
+            noisy = (x.to(torch.float32) * (1.0 + 0.0123 * z.to(torch.float32))).to(dtype)
+            spec = QuantSpec(fmt, rotation=rotation)
+            want = reference.quantize(noisy, spec)
+            out = guarded(x)
+            fake_quantize.fake_quantize_rows(x, spec, want.per_tensor_scale, None, out, (z, 0.0123))
+            equal(out, reference.fake_quantize(noisy, spec), (str(spec), dtype))
+            found = amax.rotated_amax(x, spec, (z, 0.0123)) if rotation else amax.tensor_amax(x, (z, 0.0123))
+            equal(found, reference.amax_of(noisy, spec, -1), ("amax", str(spec), dtype))
+    for wrong in ((x.double(), z.double()), (x, z[:, :32]), (x, z.T.contiguous().T), (x, z.to(torch.int32))):
+        try:
+            fake_quantize.fake_quantize_rows(wrong[0], spec, None, None, out, (wrong[1], 0.1))
+        except (TypeError, ValueError):
+            continue
+        raise AssertionError(f"noise {wrong[1].dtype} {wrong[1].shape} on {wrong[0].dtype} {x.shape} was taken")
+
+
+@check
+def noise_of_a_linear() -> None:
+    """With the fused kernel a patched linear has the effective weight it has without, shared scales included."""
+    tiles_of(ALL_OF_IT)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(80, 48, bias=False) for name in ("q_proj", "k_proj")}).bfloat16()
+    model.requires_grad_(False)
+    calls, noisy = [], linear_module.fake_quantize_noisy
+    for fmt in (QuantSpec("nvfp4"), QuantSpec("nvfp4", rotation="hadamard"), QuantSpec("mxfp4")):
+        patch_model(model, fmt, noise="linear", storage="dynamic")
+        NoiseScheduler(model, Constant(0.02), total_steps=10).step()
+        assert len(model["q_proj"]._qnoise.scale_group) == (2 if fmt.per_tensor_scale else 0)
+        quiet = reference.fake_quantize(model["q_proj"].weight, fmt)
+        want = [linear.effective_weight() for linear in model.values()]
+        assert not torch.equal(want[0], quiet)
+        linear_module.fuses_noise = lambda weight, spec: True
+        linear_module.fake_quantize_noisy = lambda *a: calls.append(a) or noisy(*a)
+        try:
+            got = [linear.effective_weight() for linear in model.values()]
+        finally:
+            linear_module.fuses_noise, linear_module.fake_quantize_noisy = ops.fuses_noise, noisy
+        for a, b in zip(got, want, strict=True):
+            equal(a, b, ("effective weight", str(fmt)))
+        unpatch_model(model)
+    assert len(calls) == 6
 
 
 @check
@@ -298,6 +393,31 @@ def reciprocals_of_all_mantissas() -> None:
     for part, result in zip(x.chunk(8), got.chunk(8), strict=True):
         kernel[(1,)](part, result, SIZE=2**20)
     equal(got, torch.ones_like(x) / x, "1 / x")
+
+
+@check
+def rounding_next_to_ties() -> None:
+    """Magnitudes in every binade of every grid: next to each tie, to each value and to the ends of the binade."""
+
+    @triton.jit
+    def kernel(
+        u_pointer, y_pointer, SIZE: tl.constexpr, MANTISSA: tl.constexpr, EMIN: tl.constexpr, EMAX: tl.constexpr
+    ):
+        offset = tl.arange(0, SIZE)
+        y = rounding.round_nearest(tl.load(u_pointer + offset), MANTISSA, EMIN, EMAX)
+        tl.store(y_pointer + offset, y)
+
+    near = np.r_[-40:41, 2**15 : 2**23 : 2**15 + 1]
+    mantissas = ((np.arange(32)[:, None] << 18) + near).reshape(-1) % 2**23
+    for element in {block.element for block in FORMATS.values()} | {E4M3}:
+        binades = np.r_[max(element.emin - 8, -126) : element.emax + 1]
+        bit_patterns = ((binades[:, None] + 127) << 23) + mantissas
+        u = torch.from_numpy(np.r_[0, 1, 2**22, bit_patterns.reshape(-1)].astype(np.int32)).view(torch.float32)
+        u = torch.nn.functional.pad(u[u <= element.max], (0, 2**20))[: 2**20]
+        got = torch.empty_like(u)
+        arguments = {"MANTISSA": element.mantissa_bits, "EMIN": element.emin, "EMAX": element.emax}
+        kernel[(1,)](u, got, SIZE=2**20, **arguments)
+        equal(got, round_magnitude(u, element), element)
 
 
 @check

@@ -15,8 +15,11 @@ WARPS = 4
 
 def supports(spec: QuantSpec) -> bool:
     """Whether these kernels serve the format: all of the library's own, and registered ones whose blocks of codes
-    fill 32-bit words and whose exponents fit the powers of two by which codes become fp32 numbers."""
+    fill 32-bit words and whose exponents fit the powers of two by which codes become fp32 numbers; rotated or not (in
+    blocks of up to 256), but without macro-blocks or a second pass on the residual."""
     block = spec.block_format
+    if spec.macro_block is not None or spec.residual is not None or (spec.rotation and block.block_size > 256):
+        return False
     element = block.element
     whole_words = block.block_size % (16 if element.bits == 6 else 32 // element.bits) == 0
     return whole_words and -100 <= element.emin <= 1 and element.emin <= element.emax
@@ -62,7 +65,7 @@ def layout(rows: int, columns: int, block_size: int, divisor: Tensor | None, til
 
 
 def element_arguments(spec: QuantSpec) -> dict[str, Any]:
-    """The compile-time arguments that describe the element of a format and the kind of its scale."""
+    """The compile-time arguments that describe the element of a format, the kind of its scale, and the rotation."""
     element = spec.block_format.element
     return {
         "MANTISSA": element.mantissa_bits,
@@ -72,6 +75,7 @@ def element_arguments(spec: QuantSpec) -> dict[str, Any]:
         "INTEGER": element.is_integer,
         "E4M3": spec.block_format.scale == "e4m3",
         "BLOCK_SIZE": spec.block_format.block_size,
+        "ROTATED": spec.rotation is not None,
     }
 
 
@@ -97,6 +101,27 @@ def _bump(spec: QuantSpec) -> int:
     if spec.scale_mode == "even":  # from the midpoint below the next power of two
         return 1 << (22 - element.mantissa_bits)
     return 0
+
+
+def check_noise(x: Tensor, noise: tuple[Tensor, float] | None) -> tuple[Tensor | None, float]:
+    """``(z, sigma)`` of relative noise on ``x`` that a kernel can add; ``(None, 0.0)`` for none.
+
+    Raises:
+        TypeError: an fp64 ``x``, whose noise is not computed in fp32.
+        ValueError: a z of another shape or device, not contiguous, or of a dtype that fp32 does not hold.
+    """
+    if noise is None:
+        return None, 0.0
+    z, sigma = noise
+    if x.dtype == torch.float64:
+        raise TypeError("the GPU kernels add noise in fp32, and x is float64: add it before, x * (1 + sigma * z)")
+    fits = z.shape == x.shape and z.device == x.device and z.is_contiguous()
+    if not fits or z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"the z of noise must be contiguous float32, bfloat16 or float16, of the shape {tuple(x.shape)} and on "
+            f"{x.device} like x; got {tuple(z.shape)} of {z.dtype} on {z.device} with strides {z.stride()}"
+        )
+    return z, float(sigma)
 
 
 def signed64(number: int) -> int:

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...formats import QuantSpec
+from .blocks import load_blocks, quantize_blocks
 from .launch import WARPS, layout, quantizer_arguments, signed64
-from .rounding import as_bits, larger, round_units
-from .scales import block_scales, units
+from .rounding import as_bits
 
 _TILE = 4096  # elements of a program: with 4-bit codes one 16-byte store for each thread
 
@@ -77,23 +77,20 @@ def _kernel(
     EMAX: tl.constexpr,
     MAX: tl.constexpr,
     INTEGER: tl.constexpr,
+    ROTATED: tl.constexpr,
 ):
     row = tl.cast(0 if ONE_ROW else tl.program_id(0), tl.int64)
     first_block = tl.program_id(0 if ONE_ROW else 1).to(tl.int64) * BLOCKS
     column = tl.arange(0, BLOCKS)[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     start = row * columns + first_block * BLOCK_SIZE
-    left_columns = columns - first_block * BLOCK_SIZE
-    x = _load_blocks(x_pointer + start, left_columns, BLOCKS, BLOCK_SIZE, E4M3).to(tl.float32)
-    divisor = 1.0
-    if E4M3:
-        divisor = tl.load(divisor_pointer + row) if PER_ROW else tl.load(divisor_pointer)
-    magnitude = tl.abs(x)
-    peak = tl.reduce(magnitude, 1, larger)
-    value, byte = block_scales(magnitude, peak, divisor, SCALE_MODE, E4M3, BUMP, MANTISSA, EMIN, EMAX, MAX)
-    u = units(magnitude, value, byte, E4M3, ROUNDING, MANTISSA, MAX)
-    # A 16-bit number divided by a power of two keeps its few bits.
-    SHORT: tl.constexpr = not E4M3 and x_pointer.dtype.element_ty.primitive_bitwidth == 16
-    rounded = round_units(u, offset + start + column, seed, ROUNDING, MANTISSA, EMIN, EMAX, SHORT)
+    x = load_blocks(x_pointer + start, columns - first_block * BLOCK_SIZE, BLOCKS, BLOCK_SIZE, E4M3)
+    x, rounded, _, byte = quantize_blocks(
+        x, divisor_pointer, row, offset + start + column, seed,
+        PER_ROW, ROTATED, E4M3, SCALE_MODE, ROUNDING, BUMP, MANTISSA, EMIN, EMAX, MAX,
+    )  # fmt: skip
+    if ROTATED:
+        # NaN becomes Inf, as far as signs go: the sign of one that came out of a sum depends on the machine.
+        x = tl.minimum(x, float("inf"))
     codes = _encode(rounded, as_bits(x), BITS, MANTISSA, EMIN, INTEGER)
 
     block = tl.arange(0, BLOCKS)
@@ -117,21 +114,6 @@ def _kernel(
         word = tl.arange(0, TILE * BITS // 32)
         packed = _join_codes(codes, TILE * BITS // 32, 32 // BITS, BITS, MANTISSA)
         tl.store(words_pointer + words_start + word, packed, mask=word < words_left)
-
-
-@triton.jit
-def _load_blocks(pointer, left, BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, E4M3: tl.constexpr):
-    """(BLOCKS, BLOCK_SIZE) elements, of which ``left`` exist; the others are 0."""
-    PER_LOAD: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
-    if E4M3 and BLOCK_SIZE == 2 * PER_LOAD:
-        # Each thread gets both halves of its blocks, so that no other thread repeats the arithmetic of their scales.
-        half = tl.arange(0, BLOCKS)[:, None] * BLOCK_SIZE + tl.arange(0, PER_LOAD)[None, :]
-        first = tl.load(pointer + half, mask=half < left, other=0.0)
-        second = tl.load(pointer + half + PER_LOAD, mask=half + PER_LOAD < left, other=0.0)
-        return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [BLOCKS, BLOCK_SIZE])
-    else:
-        column = tl.arange(0, BLOCKS)[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-        return tl.load(pointer + column, mask=column < left, other=0.0)
 
 
 @triton.jit

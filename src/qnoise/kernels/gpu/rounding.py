@@ -37,19 +37,23 @@ def as_float(bits):
 
 
 @triton.jit
-def round_nearest(u, MANTISSA: tl.constexpr, EMIN: tl.constexpr, EMAX: tl.constexpr, SHORT: tl.constexpr = False):
+def round_nearest(u, MANTISSA: tl.constexpr, EMIN: tl.constexpr, EMAX: tl.constexpr):
     """Magnitudes rounded to nearest, ties to even; they must not exceed the grid's maximum.
 
     Adding a large number whose last place is one step, and subtracting it again, leaves a whole number of steps,
     rounded once by the addition. A tie goes to the even number of steps if the large number is an even one.
+
+    u itself, times 2**K with K = 23 - MANTISSA, has that last place; there is no need to cut u down to its exponent.
+    The 4 taken off 2**K keeps the sum below the next binade, and a tie has few bits, so that its product is exact and
+    even. Where the 4 leaves the product below its own binade, u is closer to a power of two than to any tie.
+    Below the first binade the number is that of its middle.
     """
-    if SHORT:
-        # u has few bits (that of a 16-bit input under a power of two), so 2**(23 - MANTISSA) * u ends in zeros and is
-        # far enough from the next binade for the sum to stay below it: there is no need to cut u down to its exponent.
-        magic = tl.maximum(u, 2.0**EMIN) * 2.0 ** (23 - MANTISSA)
+    if EMIN >= EMAX:  # one step for all of the grid
+        magic: tl.constexpr = 1.5 * 2.0 ** (EMAX + 23 - MANTISSA)
+        return (u + magic) - magic
     else:
-        magic = _binade(u, EMIN, EMAX) * (1.5 * 2.0 ** (23 - MANTISSA))
-    return (u + magic) - magic
+        large = tl.maximum(u, 1.5 * 2.0**EMIN) * (2.0 ** (23 - MANTISSA) - 4)
+        return (u + large) - large
 
 
 @triton.jit
@@ -61,13 +65,12 @@ def round_units(
     MANTISSA: tl.constexpr,
     EMIN: tl.constexpr,
     EMAX: tl.constexpr,
-    SHORT: tl.constexpr,
 ):
     """Magnitudes rounded as ``ROUNDING`` says; ``index`` (int64) and ``seed`` are read by "stochastic" only."""
     if ROUNDING == "nearest":
-        return round_nearest(u, MANTISSA, EMIN, EMAX, SHORT)
+        return round_nearest(u, MANTISSA, EMIN, EMAX)
     elif ROUNDING == "half_away":
-        even = round_nearest(u, MANTISSA, EMIN, EMAX, SHORT)
+        even = round_nearest(u, MANTISSA, EMIN, EMAX)
         half = _binade(u, EMIN, EMAX) * 2.0 ** (-MANTISSA - 1)
         # u - even is exact; half a step is left where a tie went down.
         return tl.where(u - even == half, even + 2 * half, even)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rounding import as_bits, as_float, quotient, reciprocal, round_nearest
+from .rounding import as_bits, as_float, larger, quotient, reciprocal, round_nearest
 
 _QUIET_NAN = tl.constexpr(0x7FC00000)
 _INFINITY = tl.constexpr(float("inf"))
@@ -174,24 +174,24 @@ def _e4m3_scale(
     """``(S, S / gs)``."""
     target = (quotient(peak, MAX, 1.0 / MAX) if ORDINARY else tl.div_rn(peak, MAX)) * divisor
     scale = _to_e4m3(target)
-    if SCALE_MODE == "four_over_six":
-        larger_scale = _to_e4m3(target * 1.5)
-        larger_error = _e4m3_error(magnitude, larger_scale, divisor, ORDINARY, MANTISSA, EMIN, EMAX, MAX)
-        error = _e4m3_error(magnitude, scale, divisor, ORDINARY, MANTISSA, EMIN, EMAX, MAX)
-        # A NaN or infinite error is never the better one; the larger scale keeps a tie.
-        best = tl.where(larger_error < _INFINITY, larger_error, _INFINITY)
-        scale = tl.where(error < best, scale, larger_scale)
-    elif SCALE_MODE == "mse":
+    if SCALE_MODE == "mse":
         code = e4m3_byte(scale)
         best = tl.full(peak.shape, _INFINITY, tl.float32)
         chosen = e4m3_value(tl.minimum(tl.maximum(code + 8, 1), 126))
         for i in range(17):
             candidate = e4m3_value(tl.minimum(tl.maximum(code + (8 - i), 1), 126))
-            error = _e4m3_error(magnitude, candidate, divisor, ORDINARY, MANTISSA, EMIN, EMAX, MAX)
+            error = _e4m3_error(magnitude, candidate, divisor, ORDINARY, SCALE_MODE, MANTISSA, EMIN, EMAX, MAX)
             better = error < best
             best = tl.where(better, error, best)
             chosen = tl.where(better, candidate, chosen)
         scale = tl.where(peak > 0, chosen, scale)
+    elif SCALE_MODE != "two_level" and SCALE_MODE != "single_level":  # four_over_six and its variants
+        larger_scale = _to_e4m3(target * 1.5)
+        larger_error = _e4m3_error(magnitude, larger_scale, divisor, ORDINARY, SCALE_MODE, MANTISSA, EMIN, EMAX, MAX)
+        error = _e4m3_error(magnitude, scale, divisor, ORDINARY, SCALE_MODE, MANTISSA, EMIN, EMAX, MAX)
+        # A NaN or infinite error is never the better one; the larger scale keeps a tie.
+        best = tl.where(larger_error < _INFINITY, larger_error, _INFINITY)
+        scale = tl.where(error < best, scale, larger_scale)
     scale = tl.where(peak < _INFINITY, scale, as_float(tl.full(peak.shape, _QUIET_NAN, tl.int32)))
     return scale, _over_divisor(scale, divisor, ORDINARY)
 
@@ -217,12 +217,19 @@ def _e4m3_error(
     scale,
     gs,
     ORDINARY: tl.constexpr,
+    SCALE_MODE: tl.constexpr,
     MANTISSA: tl.constexpr,
     EMIN: tl.constexpr,
     EMAX: tl.constexpr,
     MAX: tl.constexpr,
 ):
+    """The error of each block under ``scale`` that ``SCALE_MODE`` compares, in units of 1 / gs."""
     value = _over_divisor(scale, gs, ORDINARY)
     u = _clipped_quotient(magnitude, value, MANTISSA, MAX)
     difference = (round_nearest(u, MANTISSA, EMIN, EMAX) * value[:, None] - magnitude) * gs
-    return halving_sum(difference * difference)
+    if SCALE_MODE == "four_over_six_absmax":
+        return tl.reduce(tl.abs(difference), 1, larger)
+    elif SCALE_MODE == "four_over_six_mae":
+        return halving_sum(tl.abs(difference))
+    else:
+        return halving_sum(difference * difference)

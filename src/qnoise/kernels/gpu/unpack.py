@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...formats import QuantSpec
 from .launch import WARPS, element_arguments, layout, words
+from .rotation import hadamard
 from .rounding import as_bits, as_float
 from .scales import e4m3_value, e8m0_value
 
@@ -25,7 +26,7 @@ def dequantize_rows(codes: Tensor, scales: Tensor, divisor: Tensor | None, spec:
         codes: uint8 (R, blocks * block_size * element bits / 8), contiguous, layout of ``qnoise.packing.pack``.
         scales: uint8 (R, blocks), contiguous.
         divisor: fp32 gs, 0-d or (R,) contiguous; None for E8M0 formats.
-        spec: the format.
+        spec: the format and the rotation.
         out: (R, K) contiguous, any floating-point dtype.
     """
     rows, columns = out.shape
@@ -82,6 +83,7 @@ def _kernel(
     EMAX: tl.constexpr,
     MAX: tl.constexpr,
     INTEGER: tl.constexpr,
+    ROTATED: tl.constexpr,
 ):
     row = tl.cast(0 if ONE_ROW else tl.program_id(0), tl.int64)
     first_block = tl.program_id(0 if ONE_ROW else 1).to(tl.int64) * BLOCKS
@@ -115,6 +117,8 @@ def _kernel(
     codes = tl.reshape(codes, [BLOCKS, BLOCK_SIZE])
 
     values = _decode(codes, value[:, None], BITS, LAST_CODE, MANTISSA, EMIN, INTEGER)
+    if ROTATED:
+        values = hadamard(values)
     column = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     start = row * columns + first_block * BLOCK_SIZE
     inside = column < columns - first_block * BLOCK_SIZE
