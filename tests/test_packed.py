@@ -106,6 +106,81 @@ def test_the_input_may_need_a_second_derivative_or_a_batch_of_its_own() -> None:
     torch.testing.assert_close(torch.func.vmap(packed)(x), packed(x))
 
 
+def large(spec="mxfp4", dtype=torch.float32, outputs=128 * 3 + 50) -> PackedLinear:
+    """More rows than are taken at a time for a few tokens; ragged blocks."""
+    torch.manual_seed(0)
+    stock = frozen(nn.Linear(90, outputs, dtype=dtype))
+    return FakeQuantLinear.from_linear(stock, spec, storage="packed")
+
+
+@pytest.fixture
+def pieces(monkeypatch) -> list[int]:
+    """Rows of each piece of a weight that is dequantized on its own."""
+    monkeypatch.setattr("qnoise.nn.packed._PIECE_BYTES", 1)
+    rows: list[int] = []
+    real = qnoise.nn.packed.dequantize_rows
+    monkeypatch.setattr("qnoise.nn.packed.dequantize_rows", lambda *a: rows.append(len(a[-1])) or real(*a))
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", ["mxfp6_e2m3", "nvfp4", qnoise.QuantSpec("mxfp4", rotation="hadamard")], ids=str)
+def test_a_few_tokens_are_multiplied_piece_by_piece(spec, dtype, pieces) -> None:
+    """The whole weight is never dense, and the bits are those of the product with it."""
+    packed = large(spec, dtype)
+    weight = packed.effective_weight()
+    for shape in ((90,), (1, 90), (2, 4, 90), (64, 90), (3, 90, 9)):
+        x = torch.randn(shape).to(dtype)
+        x = x.movedim(1, -1) if shape[-1] == 9 else x
+        with torch.no_grad():
+            assert torch.equal(packed(x), F.linear(x, weight, packed.bias))
+        assert pieces == [128, 128, 178]
+        pieces.clear()
+    leaf = torch.randn(2, 90).to(dtype).requires_grad_()
+    y = packed(leaf)
+    assert torch.equal(y, F.linear(leaf, weight, packed.bias))
+    assert torch.equal(torch.autograd.grad(y.sum(), leaf)[0], torch.ones_like(y) @ weight)
+    assert len(pieces) == 3
+
+
+def test_what_is_multiplied_at_once(pieces) -> None:
+    """Many tokens, none, a small weight, fp64 (whose products sum in another order by pieces)."""
+    with torch.no_grad():
+        for module, tokens in ((large(), 65), (large(), 0), (large(outputs=255), 1), (large().double(), 1)):
+            x = torch.randn(tokens, 90, dtype=module.weight.dtype)
+            assert torch.equal(module(x), F.linear(x, module.effective_weight(), module.bias))
+    assert pieces == []
+
+
+def test_a_few_tokens_under_transforms_autocast_and_the_compiler(pieces) -> None:
+    packed = large("nvfp4")
+    x, t = torch.randn(4, 90), torch.randn(4, 90)
+    dense = packed.effective_weight()
+    torch.testing.assert_close(torch.func.vmap(packed)(x), packed(x))
+    torch.testing.assert_close(torch.func.jvp(packed, (x,), (t,))[1], t @ dense.T)
+    assert pieces == [128, 128, 178], "only where nothing is transformed"
+    torch.testing.assert_close(torch.func.grad(lambda x: packed(x).sum())(x), torch.ones(4, len(dense)) @ dense)
+    with torch.autograd.forward_ad.dual_level():
+        y = packed(torch.autograd.forward_ad.make_dual(x, t))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, t @ dense.T)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = packed(x)
+    assert torch.equal(y, F.linear(x.bfloat16(), dense.bfloat16(), packed.bias.bfloat16()))
+    q = packed.quantized_weight
+    how = (q.fmt, q.spec.scale_mode, None, list(q.shape), q.dtype)
+    operands = (x, q.codes, q.scale_codes, q.per_tensor_scale, packed.bias, *how)
+    torch.library.opcheck(torch.ops.qnoise.packed_linear.default, operands)
+    fast = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (fast, packed):
+        pieces.clear()
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+        assert len(pieces) == 3
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 CASTS = {
     "bfloat16": lambda m: m.to(torch.bfloat16),
     "half and back": lambda m: m.half().float(),

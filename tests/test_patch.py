@@ -240,7 +240,8 @@ def test_contexts_nest_and_restore(ids) -> None:
 def test_state(ids) -> None:
     model = tiny_model()
     assert qnoise.state(model) == {
-        "patched": False, "formats": {}, "act_formats": {}, "full_precision": False, "phase": None, "noise": None,
+        "patched": False, "formats": {}, "act_formats": {}, "pinned": 0, "full_precision": False, "phase": None,
+        "noise": None,
     }  # fmt: skip
     qnoise.patch_model(model, {"*": "mxfp4", "down_proj": "nvfp4"}, noise="rmsnorm", act_fmt="mxfp8_e4m3")
     state = qnoise.state(model)

@@ -70,7 +70,8 @@ def test_fused_experts_and_routers_are_listed() -> None:
         vocab_size=50, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
-    skipped = qnoise.summary(qnoise.patch_model(AutoModelForCausalLM.from_config(config))).skipped
-    assert "gate_up_proj, down_proj" in skipped["model.layers.0.mlp.experts"]
+    summary = qnoise.summary(qnoise.patch_model(AutoModelForCausalLM.from_config(config)))
+    skipped = summary.skipped
+    assert summary.patched["model.layers.0.mlp.experts"] == "mxfp4; in gate_up_proj, down_proj"
     assert "TopKRouter" in skipped["model.layers.0.mlp.gate"]
     assert "model.embed_tokens" not in skipped

@@ -134,6 +134,23 @@ def _static_amax(value: Any, spec: QuantSpec | None) -> tuple[tuple[str, float],
     return tuple((str(glob), float(amax)) for glob, amax in pairs)
 
 
+def rotation_warning(config: PatchConfig) -> str | None:
+    """What to tell a user whose config rotates in a format that a rotation hurts; None if there is nothing to tell.
+
+    An E4M3 scale with a mantissa for each 16 elements isolates an outlier by itself. A rotation spreads it over its
+    block, which costs accuracy on heavy-tailed tensors unless the scales are searched.
+    """
+    specs = [spec for _, spec in config.plan] + [config.act_spec]
+    for spec in specs:
+        if spec is not None and spec.rotation and spec.scale_mode in ("two_level", "single_level"):
+            return (
+                f"{spec}: with scale_mode={spec.scale_mode!r} a rotation lowers the accuracy of heavy-tailed tensors "
+                "and gains nothing on others, because the fine scales of this format isolate outliers by themselves. "
+                "Leave the rotation out, or use scale_mode='mse' with it."
+            )
+    return None
+
+
 def differences(present: PatchConfig, asked: PatchConfig) -> str:
     """The fields in which two configs differ, for an error message."""
 

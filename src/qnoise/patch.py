@@ -11,23 +11,29 @@ The order with other tools: patch -> PEFT (or PEFT -> patch: the same logits), t
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from qnoise.config import NoiseConfig, PatchConfig, differences
+from qnoise.config import NoiseConfig, PatchConfig, differences, rotation_warning
+from qnoise.config_file import read_config, save_as_before, save_with_config
 from qnoise.formats import QuantSpec
 from qnoise.nn import weight_cache
 from qnoise.nn.linear import FakeQuantLinear, LinearRecord, kept_amax, weight_amax
+from qnoise.nn.matrices import FakeQuantMatrices, MatricesRecord, matrices_class, matrix_axes
 from qnoise.nn.norm import noisy_class
-from qnoise.nn.packed import PackedLinear, convert_packed, pack, restore_packed
+from qnoise.nn.packed import PackedLinear, check_packed, convert_packed, pack, restore_packed
 from qnoise.nn.patched import PHASES, Patched, PatchRecord, check_forward, convert, restore
 from qnoise.packing import BlockQuantized
 from qnoise.spelling import check_choice, nearest
-from qnoise.targets import CONVERTIBLE_LINEARS, Decision, decide, unmatched_patterns
+from qnoise.targets import CONVERTIBLE_LINEARS, Decision, decide, matrix_specs, unmatched_patterns
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,14 +58,15 @@ def patch_model(
     exclude: Any = None,
     layers: Any = None,
     storage: str = "auto",
-    config: PatchConfig | None = None,
+    config: PatchConfig | str | os.PathLike[str] | None = None,
 ) -> Model:
     """Convert a model's linears (and norms) in place, so that its forward sees quantized weights, and noise.
 
     Args:
         model: any `nn.Module`; a transformers model, PEFT-wrapped or not.
         fmt, act_fmt, noise, include, exclude, layers, storage: see `PatchConfig`.
-        config: a `PatchConfig` instead of the arguments above.
+        config: a `PatchConfig` instead of the arguments above; or the path of a qnoise_config.json, or of a directory
+            that holds one, as `save_pretrained` of a patched model leaves it.
 
     Returns:
         The same object. Output head, embeddings, adapter matrices, MoE routers and gates, and the per-head norms of
@@ -72,6 +79,9 @@ def patch_model(
             patched with another config; a sharded weight; storage="packed" of a weight that needs gradient, is shared
             with another module or is offloaded. The model is then as it was.
         TypeError: `model` is not a module, or an argument is of the wrong type.
+
+    Warns:
+        UserWarning: a rotation in NVFP4 without searched scales, which loses accuracy on heavy tails.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; patch_model takes a torch.nn.Module")
@@ -82,6 +92,8 @@ def patch_model(
         )
     elif fmt != "mxfp4" or storage != "auto" or any(value is not None for value in given.values()):
         raise ValueError("patch_model was given config= and other arguments beside it; put them into the PatchConfig")
+    elif not isinstance(config, PatchConfig):
+        config = read_config(config)
     present = patch_config(model)
     if present is not None and present != config:
         raise ValueError(
@@ -90,9 +102,12 @@ def patch_model(
         )
     decisions = decide(model, config)
     _check(model, config, decisions)
+    if present is None and (hurts := rotation_warning(config)):
+        warnings.warn(hurts, UserWarning, stacklevel=2)
     _apply(decisions, config)
     if present is None:
         model.__dict__["_qnoise_config"] = config
+        save_with_config(model)
     return model
 
 
@@ -112,13 +127,13 @@ def unpatch_model(model: Model, dequantize: bool = False) -> Model:
     if not dequantize:
         _refuse_packed(model, "unpatch_model(model, dequantize=True) restores stock linears that hold Q(W)")
     for module in model.modules():
-        if isinstance(module, FakeQuantLinear):
-            _forget(module)
+        _forget(module)
         if isinstance(module, PackedLinear):
             restore_packed(module)
         elif isinstance(module, Patched):
             restore(module)
         module.__dict__.pop("_qnoise_config", None)
+        save_as_before(module)
     return model
 
 
@@ -132,44 +147,83 @@ def bake(model: Model) -> Model:
         ValueError: a quantized weight is shared with a module that is not quantized (a tied embedding).
     """
     # Packed linears hold nothing but Q(W): unpatching writes it out.
-    quantized = [
-        m
-        for m in model.modules()
-        if isinstance(m, FakeQuantLinear) and m._qnoise.weight_spec is not None and not isinstance(m, PackedLinear)
-    ]
-    tied = {id(m._parameters["weight"]) for m in quantized}
+    quantized: list[tuple[Any, str]] = [(m, key) for m in model.modules() for key in _quantized_names(m)]
+    tied = {id(m._parameters[key]) for m, key in quantized}
     for name, module in model.named_modules():
-        if not isinstance(module, FakeQuantLinear):
+        if not isinstance(module, FakeQuantLinear | FakeQuantMatrices):
             shared = [key for key, p in module._parameters.items() if id(p) in tied]
             if shared:
                 raise ValueError(
                     f"{name}.{shared[0]} shares its parameter with a quantized linear: baking would quantize it too. "
                     "Leave that linear out with exclude=, or untie the weights first."
                 )
+    baked: dict[int, tuple[Any, str, Tensor]] = {}
     with quiet(model):
-        baked = {id(m._parameters["weight"]): (m, m.effective_weight().clone()) for m in quantized}
-    for module, weight in baked.values():
-        parameter = module._parameters["weight"]
+        for m, key in quantized:
+            weight = effective_weight_of(m, key)
+            first, _, other = baked.setdefault(id(m._parameters[key]), (m, key, weight.clone()))
+            if first is not m and not torch.equal(weight, other):
+                raise ValueError(
+                    f"{first._qnoise.name} and {m._qnoise.name} share one parameter and use different quantized "
+                    "weights, which one parameter cannot hold. Treat them alike (format, pinned codes), or untie them."
+                )
+    for module, key, weight in baked.values():
+        parameter = module._parameters[key]
         if parameter is not None:
             parameter.copy_(weight)
     return unpatch_model(model, dequantize=True)
 
 
+def pack_model(model: Model) -> Model:
+    """Switch a patched model to storage="packed" in place: it keeps the codes it uses now, pinned ones as they are, and
+    lets go of the weights.
+
+    Returns:
+        The same object. A forward gives what it gave, bit for bit. Pins are gone, as their codes are all there is.
+
+    Raises:
+        ValueError: the model is not patched; a weight needs gradient, is shared with another module, is offloaded or
+            rounded stochastically, or has noise. The model is then as it was.
+    """
+    config = patch_config(model)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} is not patched; call qnoise.patch_model(model) first")
+    config = replace(config, storage="packed")
+    linears = [
+        m
+        for m in model.modules()
+        if isinstance(m, FakeQuantLinear) and m._qnoise.weight_spec is not None and not isinstance(m, PackedLinear)
+    ]
+    _check_packable(model, [Decision("", m._qnoise.name, m, "linear") for m in linears])
+    for m in linears:
+        check_packed(m, m._qnoise.name)
+        check_forward(m, m._qnoise.name)
+    codes = [m.quantized() for m in linears]
+    for m, quantized in zip(linears, codes, strict=True):
+        m._qnoise.pin, m._qnoise.storage = None, "packed"
+        convert_packed(m, m._qnoise, quantized)
+    for module in model.modules():
+        if "_qnoise_config" in module.__dict__:
+            module.__dict__["_qnoise_config"] = config
+    return model
+
+
 def refresh(model: nn.Module) -> None:
     """Forget every kept Q(W): for after a write to a weight's `.data` that torch cannot see."""
     for module in model.modules():
-        if isinstance(module, FakeQuantLinear):
-            _forget(module)
+        _forget(module)
 
 
 def state(model: nn.Module) -> dict[str, Any]:
     """What is on right now.
 
     Returns:
-        "patched" (bool), "formats" and "act_formats" (spec -> number of linears), "full_precision" (bool), "phase", and
+        "patched" (bool), "formats" and "act_formats" (spec -> number of linears, and of stacks of experts), "pinned"
+        (number of linears whose codes are pinned), "full_precision" (bool), "phase", and
         "noise": None, or "sigma" (the largest), "seed", "step", "active" and "modules" (canonical name -> sigma).
     """
     linears = [m for m in model.modules() if isinstance(m, FakeQuantLinear)]
+    others: list[Any] = [m for m in model.modules() if isinstance(m, FakeQuantMatrices)]
     patched = list(patched_modules(model))
     noisy = [m for m in patched if m._qnoise.noise_during]
     phases = sorted({m._qnoise.phase for m in patched})
@@ -182,8 +236,9 @@ def state(model: nn.Module) -> dict[str, Any]:
         noise["modules"] = {s["name"]: s["sigma"] for s in states}
     return {
         "patched": bool(patched),
-        "formats": _count(m._qnoise.weight_spec for m in linears),
-        "act_formats": _count(m._qnoise.act_spec for m in linears),
+        "formats": _count(chain((m._qnoise.weight_spec for m in linears), *(m._qnoise.specs.values() for m in others))),
+        "act_formats": _count(m._qnoise.act_spec for m in [*linears, *others]),
+        "pinned": sum(m._qnoise.pin is not None for m in linears),
         "full_precision": any(m._qnoise.full_precision for m in patched),
         "phase": phases[0] if len(phases) == 1 else phases or None,
         "noise": noise,
@@ -272,7 +327,11 @@ def _check_packable(model: nn.Module, converted: list[Decision]) -> None:
                 holders.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
     for d in converted:
         weight = d.module._parameters.get("weight")
-        shared = holders.get(id(weight), []) if weight is not None and d.kind == "linear" else []
+        shared = (
+            holders.get(id(weight), [])
+            if weight is not None and d.kind == "linear" and not matrix_axes(d.module)
+            else []
+        )
         if len(shared) > 1:
             raise ValueError(
                 f"{' and '.join(shared)} are one parameter, and storage='packed' would untie them. Leave "
@@ -318,12 +377,12 @@ def _apply(decisions: list[Decision], config: PatchConfig) -> None:
 
 def _pack(todo: list[Decision], groups: list[list[nn.Module]]) -> dict[nn.Module, BlockQuantized]:
     """Codes and scales of every linear that is to be packed, siblings under their joint amax."""
-    linears = {d.module: d for d in todo if d.kind == "linear"}
+    linears = {d.module: d for d in todo if d.kind == "linear" and not matrix_axes(d.module)}
     amaxes: dict[nn.Module, Tensor] = {}
     for group in groups:
         # A sibling that is packed already keeps the scale it has.
-        weights = [module._parameters.get("weight") for module in group if module in linears]
-        peaks = [weight_amax(weight) for weight in weights if weight is not None]
+        weights = [(module._parameters.get("weight"), linears[module]) for module in group if module in linears]
+        peaks = [weight_amax(weight, d.weight_spec) for weight, d in weights if weight is not None]
         for module in group:
             if module in linears and peaks:
                 amaxes[module] = torch.stack([peak.to(peaks[0].device) for peak in peaks]).amax()
@@ -337,6 +396,21 @@ def _conversion(d: Decision, config: PatchConfig) -> tuple[type[nn.Module], Patc
     stock = type(d.module)
     if d.kind == "norm":
         return noisy_class(stock), PatchRecord(d.name, stock, d.noise_during)
+    if axes := matrix_axes(d.module):
+        one = d.kind == "linear"
+        specs = (
+            matrix_specs(d.name, d.module, config) if not one else {"weight": d.weight_spec} if d.weight_spec else {}
+        )
+        matrices = MatricesRecord(
+            d.name,
+            stock,
+            axes=axes,
+            specs=specs,
+            act_spec=d.act_spec,
+            act_amax=config.static_amax(d.name) if d.act_spec is not None else None,
+            storage="auto" if config.storage == "packed" else config.storage,
+        )
+        return matrices_class(stock, tuple(axes)), matrices
     record = LinearRecord(
         d.name,
         stock,
@@ -370,7 +444,7 @@ def _share_scales(groups: list[list[nn.Module]]) -> None:
             if isinstance(module, FakeQuantLinear):
                 module._qnoise.scale_group = tuple(cast(list[FakeQuantLinear], group))
                 weight = None if isinstance(module, PackedLinear) else _materialised(module)
-                module._qnoise.patched_amax = None if weight is None else kept_amax(weight)
+                module._qnoise.patched_amax = None if weight is None else kept_amax(weight, module._qnoise.weight_spec)
 
 
 def _materialised(module: nn.Module) -> Tensor | None:
@@ -408,10 +482,28 @@ def _switched(model: nn.Module, field: str, value: Any) -> Iterator[None]:
             setattr(record, field, old)
 
 
-def _forget(module: FakeQuantLinear) -> None:
-    weight = module._parameters.get("weight")
-    if weight is not None:
-        weight_cache.forget(weight)
+def effective_weight_of(module: Any, name: str) -> Tensor:
+    """What the forward of a converted module uses for that parameter."""
+    return cast(
+        Tensor, module.effective_weight(name) if isinstance(module, FakeQuantMatrices) else module.effective_weight()
+    )
+
+
+def _quantized_names(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a module that its forward sees quantized; what is packed is no parameter."""
+    if isinstance(module, FakeQuantMatrices):
+        return module.effective_names
+    if not isinstance(module, FakeQuantLinear) or isinstance(module, PackedLinear):
+        return ()
+    return () if module._qnoise.weight_spec is None else ("weight",)
+
+
+def _forget(module: nn.Module) -> None:
+    names = ("weight",) if isinstance(module, FakeQuantLinear) else getattr(module, "effective_names", ())
+    for name in names:
+        weight = module._parameters.get(name)
+        if weight is not None:
+            weight_cache.forget(weight)
 
 
 def _count(specs: Iterator[QuantSpec | None]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import nn
 from qnoise.formats import QuantSpec
 from qnoise.nn import weight_cache
 from qnoise.nn.linear import FakeQuantLinear
+from qnoise.nn.matrices import FakeQuantMatrices
 from qnoise.nn.packed import PackedLinear
 from qnoise.nn.patched import Patched
 from qnoise.patch import patch_config
@@ -92,8 +93,13 @@ def summary(model: nn.Module) -> PatchSummary:
         else:
             skipped[d.name] = d.reason or "added after patching; patch_model with the same config converts it"
     quantized: dict[int, tuple[int, int, QuantSpec]] = {}
-    packed_before = packed_after = packed_count = 0
+    packed_before = packed_after = packed_count = pinned = 0
     for module in model.modules():
+        if isinstance(module, FakeQuantMatrices):
+            for name, spec in module._qnoise.specs.items():
+                matrices = module._parameters[name]
+                if matrices is not None:
+                    quantized[id(matrices)] = (matrices.numel(), matrices.nbytes, spec)
         if not isinstance(module, FakeQuantLinear) or module._qnoise.weight_spec is None:
             continue
         if isinstance(module, PackedLinear):
@@ -105,17 +111,19 @@ def summary(model: nn.Module) -> PatchSummary:
             packed_count += weight.shape.numel()
         elif (parameter := module._parameters["weight"]) is not None:
             quantized[id(parameter)] = (parameter.numel(), parameter.nbytes, module._qnoise.weight_spec)
+            if module._qnoise.pin is not None:
+                pinned += module._qnoise.pin.quantized.nbytes
     parameters = {id(p): p for p in model.parameters()}
     held = sum(p.nbytes for p in parameters.values())
     kept = sum(weight_cache.cached_nbytes(p) for p in parameters.values())
     before = held + packed_before
-    bits = sum(count * spec.block_format.bits_per_element for count, _, spec in quantized.values())
+    bits = sum(count * spec.bits_per_element for count, _, spec in quantized.values())
     weights = sum(count for count, _, _ in quantized.values())
     return PatchSummary(
         patched=patched,
         skipped=skipped,
         bits_per_weight=bits / weights if weights else None,
-        nbytes=(before, held + kept + packed_after),
+        nbytes=(before, held + kept + pinned + packed_after),
         nbytes_deployed=before - sum(dense for _, dense, _ in quantized.values()) + round(bits / 8),
         trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
         parameters=sum(p.numel() for p in parameters.values()) + packed_count,
@@ -132,11 +140,20 @@ def _describe(module: Patched) -> str:
         parts.append(str(linear.weight_spec) if linear.weight_spec else "full-precision weight")
         if isinstance(module, PackedLinear):
             parts.append("packed")
+        if linear.pin is not None:
+            parts.append("pinned codes")
         if linear.act_spec is not None:
             static = "" if linear.act_amax is None else f", static scale for {linear.act_amax:g}"
             parts.append(f"input {linear.act_spec}{static}")
         if len(linear.scale_group) > 1:
             parts.append(f"per-tensor scale shared by {len(linear.scale_group)}")
+    if isinstance(module, FakeQuantMatrices):
+        specs = module._qnoise.specs
+        same = len(set(map(str, specs.values()))) == 1 and len(specs) == len(module._qnoise.axes)
+        parts.append(str(next(iter(specs.values()))) if same else ", ".join(f"{k}: {v}" for k, v in specs.items()))
+        parts.append("in " + ", ".join(module._qnoise.axes)) if len(module._qnoise.axes) > 1 and same else None
+        if module._qnoise.act_spec is not None:
+            parts.append(f"input {module._qnoise.act_spec}")
     if record.noise_during:
         parts.append("noise in " + ", ".join(record.noise_during))
     return "; ".join(parts)

@@ -7,10 +7,12 @@ experts, routers); `patch_model` carries the decisions out and
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -18,11 +20,13 @@ from qnoise.config import NoiseConfig, PatchConfig
 from qnoise.formats import QuantSpec
 from qnoise.names import canonical_name, layer_index, matches
 from qnoise.nn.linear import FakeQuantLinear
+from qnoise.nn.matrices import FakeQuantMatrices, matrix_axes
 from qnoise.nn.norm import NoisyRMSNorm, is_rms_norm
 
-Kind = Literal["linear", "norm", "other"]
+Kind = Literal["linear", "norm", "experts", "other"]
 
-# Stock class -> the class it becomes. Exact types: a subclass has a forward of its own.
+# Stock class -> the class it becomes. Exact types: a subclass has a forward of its own. What is no nn.Linear and keeps
+# its own forward is `nn.matrices`'s: `matrix_axes` is the table of those.
 CONVERTIBLE_LINEARS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FakeQuantLinear}
 
 # Libraries whose linears hold weights that are quantized already.
@@ -33,8 +37,6 @@ _QUANTIZING_LIBRARIES = {
 # Deciding which expert gets a token is not a matter of a small error: routing changes.
 _ROUTER = re.compile(r"^(gate|router|shared_expert_gate|wg|classifier)$")
 _QK_NORM = re.compile(r"^(q|k|query|key)_?(layer_?)?norm$")
-# mamba's mixers compute dt_proj.weight @ x themselves: converting the module would have no effect.
-_READ_PAST_FORWARD = re.compile(r"(^|\.)mixer\.dt_proj$")
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,16 @@ def decide(model: nn.Module, config: PatchConfig) -> list[Decision]:
             if _looks_linear(module):
                 decisions.append(Decision(path, name, module, "linear", "adapter matrix"))
         elif _looks_linear(module):
-            decisions.append(_decide_linear(path, name, module, config, id(module) in heads))
+            past = _reads_weight_of(
+                cast(Any, type(model.get_submodule(path.rpartition(".")[0]))), path.rpartition(".")[2]
+            )
+            decisions.append(_decide_linear(path, name, module, config, id(module) in heads, past))
         elif isinstance(module, NoisyRMSNorm) or "norm" in type(module).__name__.lower():
             if any(True for _ in module.children()):
                 continue
             decisions.append(_decide_norm(path, name, module, config))
+        elif isinstance(module, FakeQuantMatrices) or matrix_axes(module):
+            decisions.append(_decide_experts(path, name, module, config))
         elif matrices := _own_matrices(module):
             reason = f"matrices of its own ({', '.join(matrices)}) that no linear holds ({type(module).__name__})"
             decisions.append(Decision(path, name, module, "other", reason))
@@ -83,6 +90,7 @@ def _own_matrices(module: nn.Module) -> list[str]:
 def unmatched_patterns(decisions: list[Decision], config: PatchConfig) -> list[tuple[str, str]]:
     """(argument, pattern) pairs that no linear or norm of the model matches: misspelt, most likely."""
     names = [d.name for d in decisions if d.reason != "adapter matrix"]
+    names += [f"{d.name}.{key}" for d in decisions if d.kind == "experts" for key in _matrix_names(d.module)]
     layers = {layer_index(name) for name in names}
     filters: list[tuple[str, PatchConfig | NoiseConfig]] = [("", config)]
     if config.noise_config is not None:
@@ -96,8 +104,12 @@ def unmatched_patterns(decisions: list[Decision], config: PatchConfig) -> list[t
     return wrong
 
 
-def _decide_linear(path: str, name: str, module: nn.Module, config: PatchConfig, is_head: bool) -> Decision:
-    reason = _unconvertible(module, name)
+def _decide_linear(
+    path: str, name: str, module: nn.Module, config: PatchConfig, is_head: bool, read_past_forward: bool
+) -> Decision:
+    reason = _unconvertible(module)
+    if not reason and read_past_forward:
+        reason = "its weight is read past its forward"
     if reason:
         return Decision(path, name, module, "linear", reason)
     default = ""
@@ -115,13 +127,41 @@ def _decide_linear(path: str, name: str, module: nn.Module, config: PatchConfig,
     act_spec = config.act_spec if not not_quantized and (spec is not None or not config.plan) else None
     during: tuple[str, ...] = ()
     noise = config.noise_config
-    if noise is not None and noise.target == "linear" and not _filtered(name, noise, default):
+    if (
+        noise is not None
+        and noise.target == "linear"
+        and not _filtered(name, noise, default)
+        and not _own_forward(module)
+    ):
         during = noise.during
     if spec is None and act_spec is None and not during:
         if not not_quantized:
             not_quantized = "no entry of the plan gives it a format" if config.plan else "fmt is None"
         return Decision(path, name, module, "linear", not_quantized)
     return Decision(path, name, module, "linear", "", spec, act_spec, during)
+
+
+def _decide_experts(path: str, name: str, module: nn.Module, config: PatchConfig) -> Decision:
+    """Fused experts. Their weights are quantized; the input of the second matrix is inside their forward, so inputs are
+    not, and noise is not added."""
+    specs = matrix_specs(name, module, config)
+    reason = _filtered(name, config, "")
+    if not reason and not specs:
+        reason = "no entry of the plan gives it a format" if config.plan else "fmt is None"
+    return Decision(path, name, module, "experts", reason, next(iter(specs.values()), None))
+
+
+def matrix_specs(name: str, module: nn.Module, config: PatchConfig) -> dict[str, QuantSpec]:
+    """The format of each matrix of a module with several: the plan's last entry that names the module or the matrix."""
+    specs = {}
+    for key in _matrix_names(module):
+        spec = None
+        for glob, candidate in config.plan:
+            if matches(name, glob) or matches(f"{name}.{key}", glob):
+                spec = candidate
+        if spec is not None:
+            specs[key] = spec
+    return specs
 
 
 def _decide_norm(path: str, name: str, module: nn.Module, config: PatchConfig) -> Decision:
@@ -166,9 +206,32 @@ def _looks_linear(module: nn.Module) -> bool:
     )
 
 
-def _unconvertible(module: nn.Module, name: str) -> str:
+def _matrix_names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(module._qnoise.axes if isinstance(module, FakeQuantMatrices) else matrix_axes(module))
+
+
+def _own_forward(module: nn.Module) -> bool:
+    return isinstance(module, FakeQuantMatrices) or bool(matrix_axes(module))
+
+
+@cache
+def _reads_weight_of(parent: Any, child: str) -> bool:
+    """Whether a class computes with the weight of one of its children itself, as mamba's mixers do with dt_proj:
+    converting the child would have no effect there. Read from its source; what only asks for dtype, device or shape,
+    or assigns, does not count."""
+    if parent.__module__.startswith(("torch.", "peft.")):
+        return False
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return False
+    asks = r"(?!\s*=[^=]|\.(dtype|device|shape|size|ndim|dim|numel|requires_grad|data_ptr|is_)\b)"
+    return re.search(rf"self\.{re.escape(child)}\.weight\b{asks}", source) is not None
+
+
+def _unconvertible(module: nn.Module) -> str:
     kind = type(module)
-    if isinstance(module, FakeQuantLinear):
+    if isinstance(module, FakeQuantLinear | FakeQuantMatrices):
         return ""
     library = kind.__module__.partition(".")[0]
     weight = module._parameters.get("weight")
@@ -176,10 +239,8 @@ def _unconvertible(module: nn.Module, name: str) -> str:
         return f"already quantized by {library} ({kind.__name__})"
     if weight is not None and not weight.is_floating_point():
         return f"its weight is stored as {weight.dtype}: quantized already ({kind.__name__})"
-    if kind not in CONVERTIBLE_LINEARS:
+    if kind not in CONVERTIBLE_LINEARS and not matrix_axes(module):
         return f"{kind.__module__}.{kind.__name__} is no exact nn.Linear: its forward is its own"
-    if _READ_PAST_FORWARD.search(name):
-        return "its weight is read past its forward"
     return ""
 
 

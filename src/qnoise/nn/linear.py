@@ -3,11 +3,14 @@
 The backward is that of the dequantized operands, straight through the rounding: with w = Q(W) and a = Q(x),
 grad_x = g w and grad_W = g^T a, which reach x and the raw parameter W unchanged (Bengio et al., arXiv 1308.3432).
 The parameter itself is never written to: `.weight` is the raw weight, `effective_weight()` what the forward uses.
+
+Codes that were chosen by more than the weight alone (error feedback, a search) are *pinned*: from then on they are what
+the forward uses in place of Q(W), whatever the storage. The raw weight stays where it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -15,14 +18,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qnoise.formats import QuantSpec, as_spec
-from qnoise.functional import fake_quantize
+from qnoise.functional import fake_quantize, quantize, rotate
 from qnoise.nn import weight_cache
-from qnoise.nn.patched import Patched, PatchRecord, autocast_dtype, convert, noise_of, record_of, restore
-from qnoise.ops import tensor_amax
+from qnoise.nn.patched import Patched, PatchRecord, autocast_dtype, convert, noise_of, record_of, restore, unit_noise_of
+from qnoise.ops import fake_quantize_noisy, fuses_noise, tensor_amax
+from qnoise.packing import BlockQuantized
 from qnoise.spelling import check_choice
 
 Storage = Literal["auto", "dynamic", "cached", "packed"]
 STORAGES = ("auto", "dynamic", "cached", "packed")
+
+
+@dataclass(frozen=True, eq=False)
+class Pin:
+    """Codes that stand for Q(W), and what tells whether W is still the weight they were made of."""
+
+    quantized: BlockQuantized
+    dtype: torch.dtype
+    # Of the weight, and of the weight rounded to narrower dtypes, as sharding with mixed precision hands it out
+    fingerprints: dict[torch.dtype, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -37,6 +51,7 @@ class LinearRecord(PatchRecord):
     scale_group: tuple[FakeQuantLinear, ...] = ()
     # amax of the weight when it was patched, for a time when the weight itself is out of reach (offloaded, sharded)
     patched_amax: Tensor | None = None
+    pin: Pin | None = None
 
 
 class FakeQuantLinear(Patched, nn.Linear):
@@ -148,21 +163,78 @@ class FakeQuantLinear(Patched, nn.Linear):
         return F.linear(input, self.effective_weight(), self.bias)
 
     def effective_weight(self) -> Tensor:
-        """The weight a forward done now uses: Q(W), or Q(W (1 + sigma z)) where weight noise acts.
+        """The weight a forward done now uses: Q(W), or Q(W (1 + sigma z)) where weight noise acts, or pinned codes.
 
         (out_features, in_features), dtype of the weight. Differentiable (straight through) where the weight needs
         gradient and grad mode is on.
+
+        Raises:
+            ValueError: codes are pinned, and the weight needs gradient or was written to since.
         """
         record = self._qnoise
         weight = self._raw_weight()
+        if record.pin is not None and _trained(weight) and not record.full_precision:
+            raise ValueError(f"{_named(record)}.weight needs gradient, {_PINNED_IS_FROZEN}")
         if not _kept_is_right(record, weight) or torch.compiler.is_compiling():
             return _effective(record, weight)
         kept = _kept(record, weight)
         return _StraightThrough.apply(weight, kept) if _trained(weight) else kept
 
+    def pin(self, quantized: BlockQuantized | None) -> None:
+        """Use these codes in place of Q(W) from now on; None: Q(W) again.
+
+        `effective_weight()` is then `quantized.dequantize(weight.dtype)`, bit for bit; `bake` writes it out, and
+        `unpatch_model` takes it off. The pin follows the module through `.to`, `copy.deepcopy`, pickling and PEFT, and
+        is no part of the `state_dict`. It is for the weight as it is now: if that is written to (by an optimizer, by
+        merging an adapter), the next forward raises, because the codes say nothing of the new weight.
+
+        Args:
+            quantized: codes of a tensor of the weight's shape, blocks along the last axis, in the format the linear was
+                patched with. How its scales and codes were chosen (`scale_mode`, `rounding`) is its own matter.
+
+        Raises:
+            TypeError: neither a `BlockQuantized` nor None.
+            ValueError: another shape, axis or format; the weight is not quantized, needs gradient, has noise or is out
+                of reach (offloaded, sharded, computed by a hook).
+        """
+        record = self._qnoise
+        weight = self._parameters.get("weight")
+        if quantized is None:
+            record.pin = None
+        else:
+            record.pin = _pin(record, weight, quantized)
+        if weight is not None:
+            weight_cache.forget(weight)
+
+    def quantized(self) -> BlockQuantized:
+        """Codes and scales of the weight the forward uses, without noise: pinned, or made of the raw weight now.
+
+        `.dequantize(weight.dtype)` of it is `effective_weight()`, bit for bit.
+
+        Raises:
+            ValueError: the weight is not quantized, or rounded stochastically (each time is another draw); it was
+                written to after it was pinned.
+        """
+        record, weight = self._qnoise, self._raw_weight()
+        if record.pin is not None:
+            _check_pinned(record, weight)
+            return record.pin.quantized
+        spec = record.weight_spec
+        if spec is None:
+            raise ValueError(f"{_named(record)}: its weight is not quantized (fmt=None), so it has no codes")
+        if spec.rounding == "stochastic":
+            raise ValueError(
+                f"{_named(record)}: its weight is rounded stochastically, and codes made now are another draw than "
+                "those of the forward. Fix one draw with linear.pin(qnoise.quantize(linear.weight, spec))."
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            return quantize(weight, spec, amax=joint_amax(record, weight))
+
     def extra_repr(self) -> str:
         record = self._qnoise
         parts = [super().extra_repr(), f"fmt={_short(record.weight_spec)}"]
+        if record.pin is not None:
+            parts.append("pinned")
         if record.act_spec is not None:
             parts.append(f"act_fmt={_short(record.act_spec)}")
         return ", ".join(parts)
@@ -172,6 +244,19 @@ class FakeQuantLinear(Patched, nn.Linear):
         if weight is not None:
             weight_cache.check_sample(weight)
         return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FakeQuantLinear:
+        record = self._qnoise
+        before = self._parameters.get("weight")
+        if record.pin is not None and before is not None:
+            _check_pinned(record, before)
+        super()._apply(fn, recurse)
+        weight = self._parameters.get("weight")
+        there = weight is not None and before is not None and not (weight.is_meta or before.is_meta)
+        if record.pin is not None and there:
+            # Moved and cast by its owner, it is the same weight still.
+            record.pin = _pin(record, weight, record.pin.quantized)
+        return self
 
     def _raw_weight(self) -> Tensor:
         weight = self._parameters.get("weight")
@@ -282,11 +367,15 @@ def _kept_is_right(record: LinearRecord, weight: Tensor) -> bool:
     """Whether a forward done now is served from the cache."""
     if record.full_precision or (record.weight_spec is None and not record.acts):
         return False
+    if record.pin is not None:
+        return True
     return record.storage == "cached" or (record.storage == "auto" and not _trained(weight))
 
 
 def _kept(record: LinearRecord, weight: Tensor) -> Tensor:
     """Q(W), made if the cache has none."""
+    if record.pin is not None:
+        return weight_cache.derived(weight, slot=record.pin, key=None, compute=lambda w: _effective(record, w))
     group = record.scale_group
     peers = tuple([_serial(peer) for peer in group if peer._qnoise is not record]) if group else ()
     noise = record.noise if record.acts else None
@@ -303,37 +392,127 @@ def _effective(record: LinearRecord, weight: Tensor) -> Tensor:
     spec = record.weight_spec
     if record.full_precision:
         return weight
+    if record.pin is not None:
+        _check_pinned(record, weight)
+        return record.pin.quantized.to(weight.device).dequantize(weight.dtype)
+    if record.acts and spec is not None and not _trained(weight) and fuses_noise(weight, spec):
+        z = unit_noise_of(record, weight)
+        return fake_quantize_noisy(weight, spec, z, record.sigma, _peers_amax(record, weight.device))
     used = _with_relative_noise(weight, record) if record.acts else weight
     if spec is None:
         return used
-    amax = None
-    if spec.per_tensor_scale and len(record.scale_group) > 1:
-        amax = kept_amax(weight) if used is weight else weight_amax(used)
-        for peer in record.scale_group:
-            if peer._qnoise is not record:
-                amax = torch.maximum(amax, _peer_amax(peer).to(amax.device))
-    return fake_quantize(used, spec, amax=amax)
+    return fake_quantize(used, spec, amax=joint_amax(record, weight, used))
 
 
-def weight_amax(weight: Tensor) -> Tensor:
-    """max |w| over the finite values, 0-d fp32: what fixes a per-tensor scale."""
+def joint_amax(record: LinearRecord, weight: Tensor, used: Tensor | None = None) -> Tensor | None:
+    """What fixes the per-tensor scale the linear shares with its siblings; None: the weight's own amax, or no such
+    scale. `used` is the weight with its noise."""
+    peers = _peers_amax(record, weight.device)
+    if peers is None:
+        return None
+    spec = record.weight_spec
+    own = kept_amax(weight, spec) if used is None or used is weight else weight_amax(used, spec)
+    return torch.maximum(own, peers)
+
+
+def _peers_amax(record: LinearRecord, device: torch.device) -> Tensor | None:
+    """The largest amax among the siblings, without the linear itself; None: no shared scale."""
+    spec = record.weight_spec
+    if spec is None or not spec.per_tensor_scale or len(record.scale_group) < 2:
+        return None
+    each = [_peer_amax(peer).to(device) for peer in record.scale_group if peer._qnoise is not record]
+    return torch.stack(each).amax() if each else None
+
+
+_PINNED_IS_FROZEN = (
+    "and its quantized codes are pinned: they would not follow it. Freeze it (requires_grad_(False)) and train an "
+    "adapter, or take the pin off with linear.pin(None)"
+)
+
+
+def _pin(record: LinearRecord, weight: Tensor | None, quantized: BlockQuantized) -> Pin:
+    """The pin of these codes, checked against the weight as it is now."""
+    name, spec = _named(record), record.weight_spec
+    if not isinstance(quantized, BlockQuantized):
+        raise TypeError(
+            f"{name}: pin takes a BlockQuantized (of qnoise.quantize) or None, not {type(quantized).__name__}"
+        )
+    if spec is None:
+        raise ValueError(f"{name}: its weight is not quantized (fmt=None), so no codes can be pinned to it")
+    if weight is None or weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
+        where = "no parameter of its own" if weight is None else f"a {type(weight).__name__} on {weight.device}"
+        raise ValueError(f"{name}.weight is out of reach ({where}); pin its codes before offloading or sharding")
+    if weight.requires_grad:
+        raise ValueError(f"{name}.weight needs gradient, {_PINNED_IS_FROZEN}")
+    if record.noise_during:
+        raise ValueError(
+            f"{name}: noise acts on its weight before it is quantized, and pinned codes leave no place for that. Patch "
+            "with noise='rmsnorm', or without noise on this linear."
+        )
+    if quantized.shape != weight.shape or quantized.axis != 1:
+        raise ValueError(
+            f"{name}: the codes are of a tensor of shape {tuple(quantized.shape)} with blocks along axis "
+            f"{quantized.axis}; the weight has shape {tuple(weight.shape)} and blocks along axis 1"
+        )
+    if _layout(quantized.spec) != _layout(spec):
+        raise ValueError(f"{name}: the codes are in {quantized.spec}, and the linear was patched with {spec}")
+    narrower = [d for d in (torch.bfloat16, torch.float16) if d.itemsize < weight.dtype.itemsize]
+    fingerprints = {d: weight_cache.fingerprint(weight.detach().to(d)) for d in (weight.dtype, *narrower)}
+    return Pin(quantized.to(weight.device), weight.dtype, fingerprints)
+
+
+def _layout(spec: QuantSpec) -> QuantSpec:
+    """The spec without what only says how scales and codes were chosen."""
+    return replace(spec, scale_mode=None, rounding="nearest")
+
+
+def _check_pinned(record: LinearRecord, weight: Tensor) -> None:
+    """Raise if the weight is not the one the pinned codes were made of."""
+    pin = record.pin
+    if pin is None or weight.is_meta or torch.compiler.is_compiling():
+        return
+    # A weight that was only stored wider since still is what it was.
+    dtype = weight.dtype if weight.dtype in pin.fingerprints else pin.dtype
+    if not weight_cache.same_bits(weight.detach().to(dtype), pin.fingerprints[dtype]):
+        raise ValueError(
+            f"{_named(record)}.weight was written to after quantized codes were pinned to it (an adapter merged or "
+            "unmerged, a checkpoint loaded, a step taken), so they are not its own any more. Take the pin off with "
+            "linear.pin(None), or pin codes made of the weight as it is now."
+        )
+
+
+def _named(record: LinearRecord) -> str:
+    return record.name or "this linear"
+
+
+def weight_amax(weight: Tensor, spec: QuantSpec | None = None) -> Tensor:
+    """max |w| over the finite values, 0-d fp32: what fixes a per-tensor scale. With a spec that rotates, that of the
+    rotated weight."""
     if type(weight) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and weight.device.type != "meta":
-        return tensor_amax(weight)
-    magnitude = weight.detach().abs().float()
+        return tensor_amax(weight, spec)
+    magnitude = _turned(weight.detach(), spec).abs().float()
     return magnitude.nan_to_num_(nan=0.0, posinf=0.0).amax() if weight.numel() else magnitude.new_zeros(())
 
 
-def kept_amax(weight: Tensor) -> Tensor:
+def kept_amax(weight: Tensor, spec: QuantSpec | None = None) -> Tensor:
     """`weight_amax`, computed once for each change of the weight."""
     if torch.compiler.is_compiling():
-        return weight_amax(weight)
-    return weight_cache.derived(weight, slot="amax", key=None, compute=weight_amax)
+        return weight_amax(weight, spec)
+    if spec is None or spec.rotation is None:
+        return weight_cache.derived(weight, slot="amax", key=None, compute=weight_amax)
+    slot = ("amax", spec.rotation, spec.block_format.block_size)
+    return weight_cache.derived(weight, slot=slot, key=None, compute=lambda w: weight_amax(w, spec))
+
+
+def _turned(x: Tensor, spec: QuantSpec | None) -> Tensor:
+    """What `spec` quantizes: x, or x rotated."""
+    return x if spec is None or spec.rotation is None else rotate(x, spec)
 
 
 def _peer_amax(peer: FakeQuantLinear) -> Tensor:
     weight = peer._parameters.get("weight")
     if weight is not None and (torch.compiler.is_compiling() or weight_cache.cacheable(weight)):
-        return kept_amax(weight)
+        return kept_amax(weight, peer._qnoise.weight_spec)
     if peer._qnoise.patched_amax is None:
         raise ValueError(
             f"{peer._qnoise.name}: its weight is out of reach (offloaded or sharded) and its amax was not recorded, "
@@ -351,7 +530,7 @@ def _serial(peer: FakeQuantLinear) -> int | None:
 def quantize_tokens(x: Tensor, spec: QuantSpec, static_amax: float | None) -> Tensor:
     amax: Tensor | float | None = static_amax
     if spec.per_tensor_scale and amax is None:
-        magnitude = x.detach().abs().float().nan_to_num_(nan=0.0, posinf=0.0)
+        magnitude = _turned(x.detach(), spec).abs().float().nan_to_num_(nan=0.0, posinf=0.0)
         amax = magnitude.amax(dim=-1, keepdim=True)
     return fake_quantize(x, spec, amax=amax)
 

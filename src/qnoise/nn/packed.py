@@ -1,8 +1,9 @@
 """`PackedLinear`: a `FakeQuantLinear` that holds codes and block scales, and no weight.
 
 4.25 bits a weight in MXFP4 and 4.5 in NVFP4, instead of 16 or 32. Forward and backward each dequantize the weight anew,
-into memory that is free again when the product is done; what autograd keeps between them are the codes. The weight is
-frozen: gradient reaches the input and the bias.
+into memory that is free again when the product is done; what autograd keeps between them are the codes. For a few
+tokens on a CPU, as in decoding, the weight is never there as a whole: see `_by_rows`. It is frozen: gradient reaches
+the input and the bias.
 
 Everything is kept in `uint8` buffers, so that `.to(torch.bfloat16)`, `.half()` and what prepares a model for training
 on 4 bits cannot round it; the fp32 divisor of NVFP4 is its four bytes:
@@ -10,7 +11,8 @@ on 4 bits cannot round it; the fp32 divisor of NVFP4 is its four bytes:
     weight_codes    (out_features, bytes of a row)   as `qnoise.packing` lays them out
     weight_scales   (out_features, blocks)           E8M0 or E4M3 bytes
     weight_divisor  (4,)                             NVFP4 only: gs of the rule code * (S / gs), fp32, native byte order
-    weight_format   (length of the name,)            the format's name in ASCII, checked when a checkpoint is loaded
+    weight_format   (length of the name,)            the format's name in ASCII, with its rotation (nvfp4+hadamard);
+                                                     checked when a checkpoint is loaded
 
 `quantized_weight` shows the same memory as torch's float8 and fp32 tensors. DistributedDataParallel broadcasts buffers
 in every forward: give it `broadcast_buffers=False`.
@@ -18,7 +20,8 @@ in every forward: give it `broadcast_buffers=False`.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, cast
+import math
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +32,9 @@ from qnoise.formats import QuantSpec
 from qnoise.functional import quantize
 from qnoise.nn.linear import FakeQuantLinear, LinearRecord, autocast, quantize_tokens
 from qnoise.nn.patched import convert, restore
+from qnoise.ops import dequantize_rows
 from qnoise.packing import BlockQuantized
+from qnoise.reference import check_storable
 
 _BUFFERS = ("weight_codes", "weight_scales", "weight_divisor", "weight_format")
 
@@ -76,18 +81,29 @@ class PackedLinear(FakeQuantLinear):
         if record.act_spec is not None:
             input = quantize_tokens(input, record.act_spec, record.act_amax)
         input, bias = autocast(input, self.bias)
-        spec = cast(QuantSpec, record.weight_spec)
+        spec, divisor = cast(QuantSpec, record.weight_spec), self._buffers["weight_divisor"]
         codes, scales = cast(Tensor, self._buffers["weight_codes"]), cast(Tensor, self._buffers["weight_scales"])
-        divisor = self._buffers["weight_divisor"]
+        gs = codes.new_empty(0, dtype=torch.float32) if divisor is None else divisor.view(torch.float32).reshape(())
         shape = (self.out_features, self.in_features)
-        packed = (codes, scales, divisor, spec.fmt, cast(str, spec.scale_mode), shape, self._qnoise_dtype)
+        reading = _Reading(spec.fmt, cast(str, spec.scale_mode), spec.rotation, shape, self._qnoise_dtype)
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
-            return cast(Tensor, _Product.apply(input, bias, *packed))
-        return _product(input, bias, *packed)
+            return cast(Tensor, _Product.apply(input, bias, codes, scales, gs, reading))
+        return _product(input, bias, codes, scales, gs, reading)
 
     def effective_weight(self) -> Tensor:
         """Q(W), dequantized anew: (out_features, in_features), dtype of the module, no gradient."""
         return self.quantized_weight.dequantize()
+
+    def pin(self, quantized: BlockQuantized | None) -> None:
+        """Refuses: the codes it holds are all there is of its weight."""
+        raise ValueError(
+            f"{_named(self._qnoise.name)}: {_GONE}, so the codes it has are pinned already. Pin codes with "
+            "storage='auto', then switch to packed storage with qnoise.patch.pack_model(model)."
+        )
+
+    def quantized(self) -> BlockQuantized:
+        """`quantized_weight`."""
+        return self.quantized_weight
 
     def to_linear(self, dequantize: bool = False) -> nn.Linear:
         """A stock `nn.Linear` on Q(W); this module stays as it is.
@@ -136,7 +152,7 @@ class PackedLinear(FakeQuantLinear):
         error_msgs: list[str],
     ) -> None:
         given = {name: state_dict[prefix + name] for name in _BUFFERS if prefix + name in state_dict}
-        own = cast(QuantSpec, self._qnoise.weight_spec).fmt
+        own = _tag(cast(QuantSpec, self._qnoise.weight_spec))
         stored = given.get("weight_format")
         wrong = [f"{name} as {tensor.dtype}" for name, tensor in given.items() if tensor.dtype != torch.uint8]
         if f"{prefix}weight" in state_dict:
@@ -238,9 +254,20 @@ def pack(linear: nn.Linear, spec: QuantSpec | None, amax: Tensor | None = None, 
     Raises:
         ValueError: `spec` is None, the weight needs gradient, or it is out of reach (offloaded, computed by a hook).
     """
-    weight = linear._parameters.get("weight")
     if spec is None:
         raise ValueError(f"{_named(name)}: storage='packed' stores a quantized weight, and fmt is None")
+    weight = check_packed(linear, name)
+    try:
+        check_storable(spec)
+    except ValueError as error:
+        raise ValueError(f"{_named(name)}: {error}") from None
+    with torch.inference_mode(False), torch.no_grad():
+        return quantize(weight, spec, amax=amax)
+
+
+def check_packed(linear: nn.Module, name: str) -> nn.Parameter:
+    """The weight of a linear that may be packed; ValueError if it may not, as `pack` says."""
+    weight = linear._parameters.get("weight")
     if weight is None:
         raise ValueError(f"{_named(name)}: its weight is no parameter of its own, so it cannot be stored packed")
     if weight.requires_grad:
@@ -253,15 +280,14 @@ def pack(linear: nn.Linear, spec: QuantSpec | None, amax: Tensor | None = None, 
         raise ValueError(
             f"{_named(name)}.weight is offloaded; pack the model before it is offloaded (packed, it may fit without)"
         )
-    with torch.inference_mode(False), torch.no_grad():
-        return quantize(weight, spec, amax=amax)
+    return weight
 
 
 def convert_packed(linear: nn.Module, record: LinearRecord, packed: BlockQuantized) -> None:
     """Make `linear` a PackedLinear on `packed`, in place. Its weight is let go of."""
     convert(linear, PackedLinear, record)
     gs = packed.per_tensor_scale
-    tag = torch.tensor(list(packed.fmt.encode()), dtype=torch.uint8, device=packed.codes.device)
+    tag = torch.tensor(list(_tag(packed.spec).encode()), dtype=torch.uint8, device=packed.codes.device)
     linear._parameters["weight"] = None
     linear._buffers["weight_codes"] = packed.codes
     linear._buffers["weight_scales"] = packed.scale_codes
@@ -280,18 +306,37 @@ def restore_packed(linear: PackedLinear, weight: nn.Parameter | None = None) -> 
     linear._parameters["weight"] = weight
 
 
+def _tag(spec: QuantSpec) -> str:
+    """How the codes are to be read, as a checkpoint has it."""
+    return spec.fmt if spec.rotation is None else f"{spec.fmt}+{spec.rotation}"
+
+
+class _Reading(NamedTuple):
+    """What is to be known of codes beside the tensors: how they are read, and the weight they stand for."""
+
+    fmt: str
+    scale_mode: str
+    rotation: str | None
+    shape: tuple[int, int]
+    # Q(W) is rounded to this first, whatever dtype the product is computed in
+    dtype: torch.dtype
+
+    @property
+    def spec(self) -> QuantSpec:
+        return QuantSpec(self.fmt, self.scale_mode, rotation=self.rotation)
+
+    def rounded(self, wanted: torch.dtype) -> torch.dtype:
+        """The dtype to dequantize to on the way to `wanted`."""
+        # fp32 holds every value before it is rounded, so it needs no step of its own.
+        return wanted if self.dtype in (torch.float32, torch.float64) else self.dtype
+
+
 def _product(
-    input: Tensor,
-    bias: Tensor | None,
-    codes: Tensor,
-    scales: Tensor,
-    divisor: Tensor | None,
-    fmt: str,
-    scale_mode: str,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
+    input: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, gs: Tensor, reading: _Reading
 ) -> Tensor:
-    return F.linear(input, _dense(codes, scales, divisor, fmt, scale_mode, shape, dtype, input.dtype), bias)
+    if _by_rows(input, bias, reading):
+        return cast(Tensor, torch.ops.qnoise.packed_linear(input, codes, scales, gs, bias, *reading))
+    return F.linear(input, _dense(codes, scales, gs, reading, input.dtype), bias)
 
 
 class _Product(torch.autograd.Function):
@@ -303,34 +348,92 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[2:5])
-        ctx.how = inputs[5:]
+        ctx.reading = inputs[5]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         of_input = of_bias = None
         if ctx.needs_input_grad[0]:
-            codes, scales, divisor = ctx.saved_tensors
-            fmt, scale_mode, shape, dtype = ctx.how
-            of_input = grad @ _dense(codes, scales, divisor, fmt, scale_mode, shape, dtype, grad.dtype)
+            codes, scales, gs = ctx.saved_tensors
+            of_input = grad @ _dense(codes, scales, gs, ctx.reading, grad.dtype)
         if ctx.needs_input_grad[1]:
             of_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-        return of_input, of_bias, None, None, None, None, None, None, None
+        return of_input, of_bias, None, None, None, None
 
 
-def _dense(
-    codes: Tensor,
-    scales: Tensor,
-    divisor: Tensor | None,
-    fmt: str,
-    scale_mode: str,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    wanted: torch.dtype,
-) -> Tensor:
-    """Q(W) rounded to `dtype`, as `wanted`."""
-    gs = codes.new_empty(0, dtype=torch.float32) if divisor is None else divisor.view(torch.float32).reshape(())
-    # fp32 holds every value before it is rounded, so it needs no step of its own.
-    direct = wanted if dtype in (torch.float32, torch.float64) else dtype
-    dense = torch.ops.qnoise.dequantize(codes, scales, gs, fmt, scale_mode, shape, 1, direct)
+def _dense(codes: Tensor, scales: Tensor, gs: Tensor, reading: _Reading, wanted: torch.dtype) -> Tensor:
+    """Q(W) rounded to the dtype of the weight, as `wanted`."""
+    fmt, scale_mode, rotation, shape, _ = reading
+    dtype = reading.rounded(wanted)
+    dense = torch.ops.qnoise.dequantize(codes, scales, gs, fmt, scale_mode, shape, 1, dtype, rotation)
     return cast(Tensor, dense.to(wanted))
+
+
+# ---- a few tokens on a CPU ----
+#
+# There, most of the time would go into the pages of a dense weight that lives for one product. So it is made some rows
+# at a time, in memory that stays in the cache, and each piece is multiplied at once.
+
+_FEW_TOKENS = 64
+_PIECE_BYTES = 1 << 22
+"""Threads meet twice for each piece, so it is not smaller than it has to be."""
+_LEAST_ROWS = 128
+"""A matrix product sums shorter pieces, of a few rows, in another order than the whole weight."""
+
+
+def _piece(reading: _Reading, itemsize: int) -> int:
+    """Rows of a piece, at least; the last one takes the remainder, too."""
+    wanted = _PIECE_BYTES // max(1, reading.shape[1] * itemsize)
+    return max(_LEAST_ROWS, wanted // _LEAST_ROWS * _LEAST_ROWS)
+
+
+def _by_rows(input: Tensor, bias: Tensor | None, reading: _Reading) -> bool:
+    """Whether the weight is dequantized and multiplied piece by piece.
+
+    The result has the bits of the product with the whole weight where torch's product sums an output in an order that
+    does not depend on how many outputs there are. On x86 it does so from `_LEAST_ROWS` on, in these three dtypes (the
+    tests hold it to that) and not in fp64. Elsewhere the last bit may differ.
+    """
+    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if reading.shape[0] < 2 * _piece(reading, input.element_size()):
+        return False
+    return 0 < math.prod(input.shape[:-1]) <= _FEW_TOKENS and not _transformed(input) and not _transformed(bias)
+
+
+def _transformed(x: Tensor | None) -> bool:
+    """Whether a transform of `torch.func` has to see through the product, which it cannot if that is one operator."""
+    return x is not None and not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+torch.library.define(
+    "qnoise::packed_linear",
+    "(Tensor input, Tensor codes, Tensor scales, Tensor divisor, Tensor? bias, str fmt, str scale_mode, "
+    "str? rotation, SymInt[] shape, ScalarType dtype) -> Tensor",
+)
+
+
+@torch.library.impl("qnoise::packed_linear", "CompositeExplicitAutograd")
+def _packed_linear(input: Tensor, codes: Tensor, scales: Tensor, gs: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    """F.linear(input, Q(W), bias) for a few tokens, with the bits of the product with the whole Q(W)."""
+    reading = _Reading(*how)
+    spec, (outputs, inputs) = reading.spec, reading.shape
+    divisor = gs if spec.block_format.per_tensor_scale else None
+    step = _piece(reading, input.element_size())
+    result = input.new_empty(*input.shape[:-1], outputs)
+    buffer = torch.empty(step + outputs % step, inputs, dtype=reading.rounded(input.dtype), device=input.device)
+    for top in range(0, outputs - step + 1, step):
+        bottom = top + step if top + 2 * step <= outputs else outputs
+        weight = buffer[: bottom - top]
+        dequantize_rows(codes[top:bottom], scales[top:bottom], divisor, spec, weight)
+        part = None if bias is None else bias[top:bottom]
+        result[..., top:bottom] = F.linear(input, weight.to(input.dtype), part)
+    return result
+
+
+@torch.library.register_fake("qnoise::packed_linear")
+def _packed_linear_fake(
+    input: Tensor, codes: Tensor, scales: Tensor, gs: Tensor, bias: Tensor | None, *how: Any
+) -> Tensor:
+    return input.new_empty(*input.shape[:-1], codes.shape[0])

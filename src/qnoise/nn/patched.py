@@ -84,6 +84,11 @@ def noise_of(record: PatchRecord, weight: Tensor) -> Tensor:
     """sigma z that acts on the weight now, z standard normal: of its shape and device, in fp32 (fp64 for fp64)."""
     if torch.compiler.is_compiling():
         return cast(Tensor, torch.ops.qnoise.noise(weight.detach(), record.handle))
+    return record.sigma * unit_noise_of(record, weight).to(_noise_dtype(weight))
+
+
+def unit_noise_of(record: PatchRecord, weight: Tensor) -> Tensor:
+    """z, fp32, of the weight's shape, on its device: made on the CPU, so that it is the same on every machine."""
     noise = record.noise
     key = (noise.seed, noise.step, weight.shape, weight.device)
     kept = record.__dict__.get("_kept_z")
@@ -94,7 +99,7 @@ def noise_of(record: PatchRecord, weight: Tensor) -> Tensor:
         # The noise of a norm is small. That of a matrix is as large as the weight, and used once in each step.
         if weight.dim() == 1:
             record.__dict__["_kept_z"] = kept
-    return record.sigma * kept[1].to(_noise_dtype(weight))
+    return cast(Tensor, kept[1])
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

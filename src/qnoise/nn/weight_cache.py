@@ -114,7 +114,7 @@ def touch(weight: Tensor) -> None:
     if entry is None or entry.suspect or not entry.values or not entry.describes(weight):
         return
     if entry.fingerprint is None:
-        entry.fingerprint = _fingerprint(weight)
+        entry.fingerprint = fingerprint(weight)
     entry.suspect = True
 
 
@@ -142,6 +142,18 @@ def cached_nbytes(weight: Tensor) -> int:
     return sum(value.nbytes for _, value in values if value.shape == weight.shape)
 
 
+@torch.no_grad()
+def fingerprint(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Hashes of all its bits by row and by column: one of the whole does not see rows or columns change places."""
+    # uint64 of torch's own making cannot be pickled by it everywhere.
+    return torch.hash_tensor(weight, dim=1).view(torch.int64), torch.hash_tensor(weight, dim=0).view(torch.int64)
+
+
+def same_bits(weight: Tensor, taken: tuple[Tensor, Tensor]) -> bool:
+    """Whether the weight has the bits it had when that fingerprint was taken, on whatever device."""
+    return all(torch.equal(a, b.to(a.device)) for a, b in zip(fingerprint(weight), taken, strict=True))
+
+
 def _entry(weight: Tensor) -> _Entry | None:
     entry = _ENTRIES.get(id(weight))
     return entry if entry is not None and entry.owner() is weight else None
@@ -159,7 +171,7 @@ def _fresh_entry(weight: Tensor) -> _Entry | None:
         if not cacheable(weight):
             return None
         entry.describe(weight)
-    elif entry.suspect and not _same_bits(weight, entry.fingerprint):
+    elif entry.suspect and not (entry.fingerprint and same_bits(weight, entry.fingerprint)):
         entry.describe(weight)
     entry.suspect = False
     return entry
@@ -170,17 +182,4 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    rows, columns = (max(1, size // 16) for size in weight.shape)
-    return weight.detach()[::rows, ::columns].clone()
-
-
-@torch.no_grad()
-def _fingerprint(weight: Tensor) -> tuple[Tensor, Tensor]:
-    # Hashes by row and by column: a hash of the whole does not see rows or columns change places.
-    return torch.hash_tensor(weight, dim=1), torch.hash_tensor(weight, dim=0)
-
-
-def _same_bits(weight: Tensor, fingerprint: tuple[Tensor, Tensor] | None) -> bool:
-    if fingerprint is None:
-        return False
-    return all(torch.equal(a, b) for a, b in zip(_fingerprint(weight), fingerprint, strict=True))
+    return weight.detach()[tuple(slice(None, None, max(1, size // 16)) for size in weight.shape)].clone()

@@ -181,7 +181,7 @@ def _own(module: nn.Module, name: str, unit: Any, quantized: bool) -> Iterator[_
         )
     tensors = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
     buffers = {key: b for key, b in module._buffers.items() if b is not None}
-    if effective and "weight" not in tensors:
+    if effective and "weight" not in tensors and not hasattr(module, "effective_names"):
         # Packed: codes and scales in buffers. Any of them tells this weight from others.
         tensors = {"weight": next(iter(buffers.values())), **tensors}  # type: ignore[dict-item]
     else:
@@ -189,20 +189,22 @@ def _own(module: nn.Module, name: str, unit: Any, quantized: bool) -> Iterator[_
     for key, tensor in tensors.items():
         full_name = f"{name}.{key}" if name else key
         _check_readable(full_name, key, tensor, module)
-        acts = effective and key == "weight"
+        acts = effective and key in getattr(module, "effective_names", ("weight",))
         if acts and not quantized and tensor.dim() > 1:
             _check_raw(full_name, module, noise)
             acts = False
-        compute = _effective(module) if acts else _stored(module, key)
+        compute = _effective(module, key) if acts else _stored(module, key)
         yield _Entry(full_name, module, tensor, compute, stored=not acts, noise=noise, unit=unit)
 
 
-def _effective(module: Any) -> Callable[[], Tensor]:
+def _effective(module: Any, key: str) -> Callable[[], Tensor]:
+    several = (key,) if hasattr(module, "effective_names") else ()
+
     def compute() -> Tensor:
         # With grad on, the result for a weight in training is not kept beside it: the loop would otherwise leave a
         # second copy of the model in memory.
         with torch.enable_grad():
-            return module.effective_weight().detach()
+            return module.effective_weight(*several).detach()
 
     return compute
 
