@@ -1,0 +1,54 @@
+"""Reading `inputs`: one batch or an iterable of them, run through a model that stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def batches(inputs: Any) -> Iterator[Any]:
+    """The batches of `inputs`: a single tensor or mapping is one batch; anything else is an iterable of batches."""
+    if isinstance(inputs, Tensor | Mapping):
+        yield inputs
+    else:
+        yield from inputs
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """What the model gives for one batch: a mapping of keyword arguments, a tuple of positional ones, or one."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple):
+        return model(*batch)
+    return model(batch)
+
+
+def mask_of(batch: Any) -> Tensor | None:
+    """The batch's attention_mask, if it has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
+
+
+def tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(..., features) as (tokens, features), without padding where the mask fits."""
+    if mask is not None and tuple(mask.shape) == tuple(x.shape[:-1]):
+        return x[mask.to(x.device) != 0]
+    return x.reshape(-1, x.shape[-1])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradient, no dropout and no running statistics for a while. Flags are set one by one: `eval()` may do more."""
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
