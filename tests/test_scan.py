@@ -141,7 +141,16 @@ def test_nan_blocks_are_left_out_and_said() -> None:
     assert [r.name for r in nothing_left.rows] == ["layers.1"]
 
 
-@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "mxfp8_e4m3", "mxint8", QuantSpec("nvfp4", "single_level")], ids=str)
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        *("mxfp4", "nvfp4", "mxfp8_e4m3", "mxint8"),
+        QuantSpec("nvfp4", "single_level"),
+        QuantSpec("mxfp4", rotation="hadamard"),
+        QuantSpec("mxfp4", residual=1.0),
+    ],
+    ids=str,
+)
 def test_gaussian_weights_are_never_flagged_and_the_classic_limits_always_do(fmt) -> None:
     flagged = {"gaussian": 0, "classic": 0}
     shapes = [(8, 16), (16, 48), (64, 64), (96, 320), (200, 1000)]
@@ -181,7 +190,7 @@ def test_the_gaussian_reference_has_the_published_figures() -> None:
 
 def test_thresholds_are_checked() -> None:
     with pytest.raises(ValueError, match="gaussian"):
-        issues({}, {}, 1, 32, "gausian")
+        issues({}, {}, 1, QuantSpec(), "gausian")
     with pytest.raises(ValueError, match="Did you mean 'classic'"):
         scan(Net(normal(32, 32)), thresholds="clasic")
 
@@ -196,10 +205,87 @@ def test_a_model_is_scanned_where_it_would_be_patched() -> None:
     weight = model.model.layers[1].mlp.up_proj.weight.detach()
     row = next(r for r in report.rows if r.name == "model.layers.1.mlp.up_proj" and r.fmt == "nvfp4")
     assert (row.layer, row.stack, row.module_kind, row.shape) == (1, "model.layers", "up_proj", (96, 64))
+    assert row.scale_shared_with == ("model.layers.1.mlp.gate_proj",)
+    # What is scanned is what the patched model computes with, the scale that siblings share included.
+    patched_model = qnoise.patch_model(tiny_model(), "nvfp4")
+    served = patched_model.model.layers[1].mlp.up_proj.effective_weight().detach()
+    assert not torch.equal(served, qnoise.fake_quantize(weight, "nvfp4"))
+    assert row.figures["sqnr_db"] == pytest.approx(error_report(weight, served, "nvfp4")["sqnr_db"])
+    alone = scan(model, "nvfp4", include="up_proj").rows[1]
+    assert alone.scale_shared_with == ()
     expected = error_report(weight, qnoise.fake_quantize(weight, "nvfp4"), "nvfp4")["sqnr_db"]
-    assert row.figures["sqnr_db"] == pytest.approx(expected)
+    assert alone.figures["sqnr_db"] == pytest.approx(expected)
     # A patched model is scanned by its stored weights.
     assert scan(qnoise.patch_model(tiny_model()), "mxfp4").rows == report.select(fmt="mxfp4")
+
+
+def test_gpt2_is_scanned_along_its_contraction_axis(ids) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=99, n_positions=32)).eval()
+    report = scan(model, "mxfp4", inputs=ids)
+    weight = model.transformer.h[0].attn.c_attn.weight.detach()
+    row = next(r for r in report.select("weight") if r.name.endswith("c_attn"))
+    assert (tuple(weight.shape), row.shape) == ((32, 96), (96, 32))
+    hat = qnoise.fake_quantize(weight, "mxfp4", axis=0)
+    assert row.figures["sqnr_db"] == pytest.approx(error_report(weight, hat, "mxfp4", axis=0)["sqnr_db"])
+    assert 0 < row.figures["output_relative_rms"] < 1
+    qnoise.patch_model(model, fmt=scan(model, ["mxfp4", "mxfp8_e4m3"]).plan(bits=6.0))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_experts_are_scanned_along_their_contraction_axis(transposed) -> None:
+    class TinyExperts(nn.Module):
+        is_transposed = transposed
+
+        def __init__(self) -> None:
+            super().__init__()
+            up, down = normal(3, 96, 32) * 10.0 ** torch.arange(-8, 1, 4).view(3, 1, 1), normal(3, 32, 48, seed=1)
+            self.gate_up_proj = nn.Parameter(up.mT.contiguous() if transposed else up)
+            self.down_proj = nn.Parameter(down.mT.contiguous() if transposed else down)
+
+    experts = nn.ModuleDict({"experts": TinyExperts()})
+    report = scan(experts, ["mxfp4", "nvfp4"])
+    assert {row.name: row.shape for row in report.rows} == {
+        "experts.gate_up_proj": (3, 96, 32),
+        "experts.down_proj": (3, 32, 48),
+    }
+    # Each expert has an NVFP4 scale of its own, as the patched model has it.
+    up = experts["experts"].gate_up_proj.detach()
+    row = next(r for r in report.select(fmt="nvfp4") if r.name == "experts.gate_up_proj")
+    served = qnoise.patch_model(experts, "nvfp4")["experts"].effective_weight("gate_up_proj").detach()
+    assert row.figures["norm"] == pytest.approx(up.double().norm().item())
+    expected = ((served - up).abs() / up.abs()).double().mean()
+    assert row.figures["mean_relative_error"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_specs_that_do_more_than_quantize() -> None:
+    heavy = torch.distributions.StudentT(3.0)
+    torch.manual_seed(0)
+    weight = heavy.sample((64, 256)) * 0.02
+    specs = [
+        QuantSpec("mxfp4"),
+        QuantSpec("mxfp4", macro_block=128),
+        QuantSpec("mxfp4", residual=1.0),
+        QuantSpec("mxfp4", rotation="hadamard"),
+        QuantSpec("nvfp4", rotation="hadamard"),
+    ]
+    report = scan(Net(weight), specs)
+    for row, spec in zip(report.rows, specs, strict=True):
+        expected = error_report(weight, qnoise.fake_quantize(weight, spec), spec)
+        for key in ("sqnr_db", "deadzone", "clipped", "mean_relative_error", "max_abs_error"):
+            assert row.figures[key] == pytest.approx(expected[key], rel=1e-5), (spec, key)
+        assert (row.histogram is None) != spec.plain
+    plain, _, residual, rotated, _ = (row.figures["sqnr_db"] for row in report.rows)
+    assert residual > plain + 8
+    assert rotated > plain
+    assert report.rows[3].figures["clipped"] < 0.1
+    assert ScanReport.from_json(report.to_json()) == report
+    for text in (report.to_html(), report.to_markdown()):
+        for name, bits in (("macro_block=128", "4.3125"), ("residual=1", "8.5"), ("hadamard", "4.25")):
+            assert name in text
+            assert bits in text
 
 
 def test_adapters_are_in_the_scan() -> None:

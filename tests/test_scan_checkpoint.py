@@ -101,6 +101,26 @@ def test_what_is_no_weight_of_a_linear_is_listed(tmp_path) -> None:
         scan(tmp_path, exclude="v_pro")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_experts_of_a_checkpoint(tmp_path, transposed) -> None:
+    """What goes into the second matrix comes out of the first: the pair of shapes tells the contraction axis."""
+    up, down = normal(3, 96, 32) * 10.0 ** torch.arange(-8, 1, 4).view(3, 1, 1), normal(3, 32, 48, seed=1)
+    stored = {"gate_up_proj": up, "down_proj": down}
+    name = "layers.0.mlp.experts."
+    save_file(
+        {name + key: (t.mT.contiguous() if transposed else t) for key, t in stored.items()},
+        tmp_path / "model.safetensors",
+    )
+    report = scan(tmp_path, ["mxfp4", "nvfp4"])
+    assert not report.findings
+    for row in report.rows:
+        weight = stored[row.name.rpartition(".")[2]]
+        assert row.shape == tuple(weight.shape)
+        error = torch.stack([qnoise.fake_quantize(each, row.spec) - each for each in weight])
+        expected = (error.abs() / weight.abs()).double().mean().item()
+        assert row.figures["mean_relative_error"] == pytest.approx(expected, rel=1e-5)
+
+
 def entry(shape: list, offsets: list, dtype: str = "F32") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 

@@ -6,8 +6,7 @@ count alike: one token with massive activations, which most language models have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from qnoise.functional import fake_quantize
 from qnoise.names import canonical_name
 from qnoise.nn.packed import PackedLinear
 from qnoise.patch import quiet
+from qnoise.sensitivity.batches import batches, call, evaluating, mask_of, tokens
 from qnoise.sensitivity.figures import CHUNK, Figures
 from qnoise.sensitivity.rows import Finding, ScanRow
-from qnoise.sensitivity.weights import dtype_name, make_row, raw_weight, whole
+from qnoise.sensitivity.weights import contraction_axes, dtype_name, make_row, raw_weight, whole
 from qnoise.targets import decide
 
 _Key = tuple[str, str]
@@ -80,7 +80,7 @@ def scan_activations(
     def see(name: str, kind: str, x: Any) -> Tensor | None:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
             return None
-        rows = _tokens(x.detach(), mask[0])
+        rows = tokens(x.detach(), mask[0])
         gathered.setdefault((name, kind), _Gathered(specs)).add(rows)
         return rows
 
@@ -102,17 +102,17 @@ def scan_activations(
 
     handles = [m.register_forward_pre_hook(before(n, m), with_kwargs=True) for n, m in linears.items()]
     handles += [m.register_forward_hook(after(n)) for n, m in _layers(model)]
-    batches = 0
+    count = 0
     try:
-        with torch.no_grad(), quiet(model), _evaluating(model):
-            for batch in _batches(inputs):
-                mask[0] = _mask_of(batch)
-                _call(model, batch)
-                batches += 1
+        with quiet(model), evaluating(model):
+            for batch in batches(inputs):
+                mask[0] = mask_of(batch)
+                call(model, batch)
+                count += 1
     finally:
         for handle in handles:
             handle.remove()
-    if not batches:
+    if not count:
         raise ValueError("inputs holds no batch; give at least one (a tensor, a tuple of arguments or a mapping)")
     rows = [
         make_row(name, kind, (each.tokens, each.width), dtype_name(each.dtype), figures, thresholds)
@@ -134,7 +134,7 @@ def _output_energies(
     module: nn.Module, rows: Tensor, specs: Sequence[QuantSpec]
 ) -> Iterator[tuple[QuantSpec, tuple[float, float]]]:
     """For each spec, energy of the output and of its error with the weight quantized."""
-    weight = whole(raw_weight(module)).detach()
+    weight = whole(raw_weight(module)).detach().movedim(contraction_axes(module)["weight"], -1)
     if weight.device.type == "meta":  # offloaded: loaded only inside the forward
         return
     rows = rows[torch.isfinite(rows).all(-1)].float()
@@ -153,45 +153,3 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             taken.append(path + ".")
             for key, layer in module.named_children():
                 yield canonical_name(f"{path}.{key}"), layer
-
-
-def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(tokens, features), without padding where the mask fits."""
-    if mask is not None and tuple(mask.shape) == tuple(x.shape[:-1]):
-        return x[mask.to(x.device) != 0]
-    return x.reshape(-1, x.shape[-1])
-
-
-def _batches(inputs: Any) -> Iterator[Any]:
-    """A single tensor or mapping is one batch; anything else is an iterable of batches."""
-    if isinstance(inputs, Tensor | Mapping):
-        yield inputs
-    else:
-        yield from inputs
-
-
-def _mask_of(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple):
-        model(*batch)
-    else:
-        model(batch)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no running statistics for a while. Flags are set one by one: `eval()` may do more."""
-    before = [(module, module.training) for module in model.modules()]
-    for module, _ in before:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

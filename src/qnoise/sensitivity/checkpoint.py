@@ -15,14 +15,14 @@ import math
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qnoise.sensitivity.figures import chunk_places
+from qnoise.sensitivity.figures import chunk_places, row_chunks
 from qnoise.sensitivity.rows import Finding
 
 MAX_HEADER = 16 << 20
@@ -83,6 +83,22 @@ class StoredTensor:
                 if file.readinto(view) != size:
                     raise ValueError(f"{self.file}: the file ends inside tensor {self.name!r}")
                 yield torch.frombuffer(view, dtype=dtype).view(shape)
+
+    def transposed_chunks(self) -> Iterator[Tensor]:
+        """Each of the matrices of a three-dimensional tensor transposed, in chunks of rows. One matrix is in memory.
+
+        Raises:
+            ValueError: as for `chunks`.
+        """
+        count, rows, width = self.shape
+        for index in range(count):
+            start = self.start + index * rows * width * (self.torch_dtype or torch.float32).itemsize
+            matrix = torch.empty(rows, width, dtype=self.torch_dtype)
+            # A matrix is no longer than the file says it has: `_checked`.
+            one = replace(self, shape=(rows, width), start=start)
+            for (down, across), chunk in zip(chunk_places(rows, width), one.chunks(), strict=True):
+                matrix[down, across] = chunk
+            yield from row_chunks(matrix.T.contiguous())
 
 
 @dataclass(frozen=True)

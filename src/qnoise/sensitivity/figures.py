@@ -15,17 +15,22 @@ import torch
 from torch import Tensor
 
 from qnoise.formats import FORMATS, ElementFormat, QuantSpec
-from qnoise.functional import fake_quantize, quantize
+from qnoise.functional import fake_quantize, quantize, rotate
+from qnoise.kernels import error_sums
 from qnoise.metrics import decibels, shares
+from qnoise.reference import block_scales
 from qnoise.rounding import round_magnitude
 from qnoise.scales import Scales
 
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 """Elements worked on at a time: a few buffers of this size stay in a processor's cache."""
 SAMPLE = 1 << 16
 """Elements that the histograms are made of."""
 BINS = 48
 """Bins of a histogram."""
+
+
+_PLACE = {name: place for place, name in enumerate(error_sums.FIELDS)}
 
 
 def row_chunks(x: Tensor) -> Iterator[Tensor]:
@@ -73,17 +78,29 @@ class Figures:
     spec: QuantSpec
     channels: str = "row"
     sample_every: int = 1
-    count: int = 0
-    left_out: int = 0
     _rows: int = 0
-    _blocks: int = 0
-    _sums: dict[str, float] = field(default_factory=dict)
-    _largest: dict[str, float] = field(default_factory=lambda: {"amax": 0.0, "max_abs_error": 0.0, "top": 0.0})
+    _totals: Tensor = field(default_factory=error_sums.new_totals)
+    _elements: int = 0
     _tops: dict[float, int] = field(default_factory=dict)
     _row_energies: list[Tensor] = field(default_factory=list)
     _column_energies: Tensor | None = None
     _sampled: int = 0
     _histogram: Histogram | None = None
+
+    @property
+    def left_out(self) -> int:
+        """Elements in blocks with NaN or Inf."""
+        return int(self._total("left_out"))
+
+    @property
+    def count(self) -> int:
+        """Elements in the other blocks."""
+        return self._elements - self.left_out
+
+    @property
+    def parted(self) -> bool:
+        """Whether the error can be split into the three parts of `metrics.split_error`."""
+        return self.spec.rounding == "nearest" and self.spec.rotation is None and self.spec.residual is None
 
     @torch.no_grad()
     def add(self, x: Tensor, amax: Tensor | None = None) -> None:
@@ -91,42 +108,92 @@ class Figures:
 
         Args:
             x: (R, K), floating point; blocks lie along K.
-            amax: what fixes the per-tensor scale: 0-d, or (R, 1); None for formats without one.
+            amax: what fixes the per-tensor scale: 0-d, or (R, 1); None for formats without one. Of the rotated rows,
+                where the spec rotates.
 
         A block with NaN or Inf is left out of every figure; `left_out` counts its elements.
         """
         if not x.numel():
             return
+        self._elements += x.numel()
+        with torch.autocast(x.device.type, enabled=False):
+            rows, hat, scales = self._quantized(x, amax)
+            if error_sums.serves(rows, self.spec):
+                self._add_compiled(rows, hat, scales)
+            else:
+                self._add_eager(rows, hat, scales)
+            if self.spec.rotation is not None:
+                self._add_clipped_of_rotated(rows, scales)
+        self._rows += x.shape[0]
+
+    def _quantized(self, x: Tensor, amax: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x and x_hat, both fp32 or both bf16 and contiguous; the scale of each block, fp32 (R, blocks)."""
         generator = torch.Generator().manual_seed(self._rows) if self.spec.rounding == "stochastic" else None
-        packed = quantize(x, self.spec, amax=amax, generator=generator)
+        # What quantizes fp16 and fp64 starts with this conversion and ends with a cast back.
+        rows = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+        if self.spec.macro_block is None and self.spec.residual is None:
+            packed = quantize(rows, self.spec, amax=amax, generator=generator)
+            scales = Scales(packed.scale_codes, packed.per_tensor_scale).value()
+            hat = packed.dequantize()
+        else:
+            hat = fake_quantize(rows, self.spec, amax=amax, generator=generator)
+            scales = block_scales(rows, self.spec, amax=amax)[:, :: self.spec.block_format.block_size]
+        if rows.dtype != x.dtype:
+            hat = hat.to(x.dtype).to(rows.dtype)
+        return rows, hat.contiguous(), scales.contiguous()
+
+    def _add_compiled(self, x: Tensor, hat: Tensor, scales: Tensor) -> None:
+        if self.channels == "column" and self._column_energies is None:
+            self._column_energies = torch.zeros(2, x.shape[1], dtype=torch.float64)
+        if self.spec.rotation is not None:
+            scales = torch.full_like(scales, torch.inf)  # clipping is about what is quantized: counted elsewhere
+        per_row = error_sums.add(
+            x, hat, scales, self.spec, self._totals, parts=self.parted, columns=self._column_energies
+        )
+        self._row_energies.append(per_row[:, [_PLACE["x2"], _PLACE["e2"]]].T.contiguous())
+        least = 0.99 * self._total("top")
+        if least > 0:
+            counts = error_sums.values_from(hat, per_row, least)
+            if counts is None:
+                reached = hat[per_row[:, _PLACE["top"]] >= least].float().abs()
+                counts = _occurrences(reached, least)
+            self._keep_tops(counts)
         width, size = x.shape[1], self.spec.block_format.block_size
-        padding = -width % size
-        scales = Scales(packed.scale_codes, packed.per_tensor_scale).value()
-        blocks, hat = (
-            torch.nn.functional.pad(t.float(), (0, padding)).unflatten(1, (-1, size)) if padding
-            else t.float().unflatten(1, (-1, size))
-            for t in (x, packed.dequantize())
-        )  # fmt: skip
-        lengths = torch.full((blocks.shape[1],), float(size))
-        lengths[-1] = size - padding
+        picked = self._picked(x.shape[0])
+        if picked is not None:
+            blocks, blocks_hat = (_blocked(t[picked].float(), size) for t in (x, hat))
+            bad = ~torch.isfinite(blocks.abs().amax(-1, keepdim=True))
+            blocks, blocks_hat = (t.masked_fill(bad, 0.0) for t in (blocks, blocks_hat))
+            safe = scales[picked].masked_fill(bad.squeeze(-1), 1.0)
+            self._sample(blocks.abs(), blocks_hat - blocks, safe, _lengths(width, size))
+
+    def _add_eager(self, x: Tensor, hat: Tensor, scales: Tensor) -> None:
+        width, size = x.shape[1], self.spec.block_format.block_size
+        blocks, hat = (_blocked(t.float(), size) for t in (x, hat))
+        lengths = _lengths(width, size).to(x.device)
         magnitude = blocks.abs()
         peaks = magnitude.amax(-1)
         bad = ~torch.isfinite(peaks)
-        out = 0
         if bad.any():
             mask = bad.unsqueeze(-1)
             blocks, hat, magnitude = (t.masked_fill(mask, 0.0) for t in (blocks, hat, magnitude))
             peaks, scales = peaks.masked_fill(bad, 0.0), scales.masked_fill(bad, 1.0)
-            out = int((bad * lengths.to(bad.device)).sum())
+            self._sum("left_out", (bad * lengths).sum(), 1.0)
         unit = _unit(peaks)
         if unit != 1.0:
             blocks, hat, magnitude, peaks, scales = (t / unit for t in (blocks, hat, magnitude, peaks, scales))
-        self.left_out += out
-        self.count += x.numel() - out
-        with torch.autocast(x.device.type, enabled=False):
-            self._add_blocks(blocks, hat, magnitude, peaks, scales, lengths.to(peaks.device), width, unit)
-        self._blocks += peaks.numel() - int(bad.sum())
-        self._rows += x.shape[0]
+        self._add_blocks(blocks, hat, magnitude, peaks, scales, lengths, width, unit)
+        self._sum("blocks", torch.count_nonzero(~bad), 1.0)
+
+    def _add_clipped_of_rotated(self, x: Tensor, scales: Tensor) -> None:
+        """Elements beyond the largest value of their block, as they are quantized: in the rotated basis, in which a
+        short block has the length of a whole one."""
+        size = self.spec.block_format.block_size
+        rotated = rotate(x, self.spec).unflatten(-1, (-1, size)).abs()
+        over = rotated > _round_down(scales, self.spec.block_format.element.max).unsqueeze(-1)
+        over &= torch.isfinite(rotated.amax(-1, keepdim=True))
+        self._sum("clipped", torch.count_nonzero(over), 1.0)
+        self._sum("clipped_blocks", torch.count_nonzero(over.any(-1)), 1.0)
 
     def _add_blocks(
         self,
@@ -154,26 +221,33 @@ class Figures:
         self._sum("x4", torch.dot(square, square), unit**4)
         self._sum("e2", noise.sum(), unit**2)
         self._sum("abs_error", loss.sum(), unit)
-        # A zero has no error: whatever it is divided by, it counts 0.
-        self._sum("relative", (loss / size.clamp_min(torch.finfo(torch.float32).tiny)).sum(), 1.0)
-        self._sum("dead", torch.count_nonzero(x) - torch.count_nonzero(hat), 1.0)
-        limit = _round_down(scales, element.max)
-        self._sum("clipped", torch.count_nonzero(size.view(-1, block_size) > limit.view(-1, 1)), 1.0)
-        self._sum("clipped_blocks", torch.count_nonzero(peaks > limit), 1.0)
+        relative = loss / size
+        self._sum("relative", relative.masked_fill_((size == 0) & (loss == 0), 0.0).sum(), 1.0)
+        self._sum("dead", torch.count_nonzero((x != 0) & (hat == 0)), 1.0)
+        if self.spec.rotation is None:
+            limit = _round_down(scales, element.max)
+            self._sum("clipped", torch.count_nonzero(size.view(-1, block_size) > limit.view(-1, 1)), 1.0)
+            self._sum("clipped_blocks", torch.count_nonzero(peaks > limit), 1.0)
         filled = energy > 0
         self._sum("crest", (peaks / torch.sqrt(energy / lengths))[filled].sum(), 1.0)
         self._sum("filled_blocks", torch.count_nonzero(filled), 1.0)
         self._max("amax", peaks, unit)
         self._max("max_abs_error", loss, unit)
-        self._note_tops(hat.view(-1, block_size), limit.view(-1), unit)
-        if self.spec.rounding == "nearest":
+        self._max("top", hat.abs(), unit)
+        if self._total("top") > 0:
+            least = 0.99 * self._total("top")
+            self._keep_tops(_occurrences(hat.abs().double() * unit, least))
+        if self.parted:
             self._add_parts(x, hat, size, square, peaks, element, unit)
         self._row_energies.append(torch.stack([energy.sum(-1), noise]).double().cpu() * unit**2)
         if self.channels == "column":
             columns = torch.stack([t.view(blocks[0], -1).sum(0)[:width] for t in (square, error_square)])
             columns = columns.double().cpu() * unit**2
             self._column_energies = columns if self._column_energies is None else self._column_energies + columns
-        self._sample(size.view(*blocks, block_size), error.view(*blocks, block_size), scales, lengths)
+        picked = self._picked(blocks[0])
+        if picked is not None:
+            size, error = (t.view(*blocks, block_size)[picked] for t in (size, error))
+            self._sample(size, error, scales[picked], lengths)
 
     def _add_parts(
         self, x: Tensor, hat: Tensor, size: Tensor, square: Tensor, peaks: Tensor, element: ElementFormat, unit: float
@@ -197,41 +271,38 @@ class Figures:
         self._sum("bias_dead", dead_product, unit**2)
 
     def _sum(self, name: str, value: Tensor, unit: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value.item() * unit
+        self._totals[_PLACE[name]] += value.item() * unit
 
     def _max(self, name: str, values: Tensor, unit: float) -> None:
-        self._largest[name] = max(self._largest[name], values.amax().item() * unit)
+        self._totals[_PLACE[name]] = max(self._total(name), values.amax().item() * unit)
 
-    def _note_tops(self, hat: Tensor, limit: Tensor, unit: float) -> None:
-        """Keep the counts of the values near the largest |x_hat| so far: few, because a format has few values.
+    def _total(self, name: str) -> float:
+        return self._totals[_PLACE[name]].item()
 
-        No |x_hat| of a block exceeds its `limit`, by more than a rounding to the dtype of the tensor.
-        """
-        magnitude = hat[limit >= 0.97 * (self._largest["top"] / unit)].abs()
-        if not magnitude.numel():
-            return
-        top = max(self._largest["top"], magnitude.amax().item() * unit)
-        self._largest["top"] = top
-        self._tops = {value: n for value, n in self._tops.items() if value >= 0.99 * top}
-        if top > 0:
-            values, counts = torch.unique(magnitude[magnitude >= 0.989 * (top / unit)].double(), return_counts=True)
-            for value, n in zip((values * unit).tolist(), counts.tolist(), strict=True):
-                if value >= 0.99 * top:
-                    self._tops[value] = self._tops.get(value, 0) + n
+    def _keep_tops(self, counts: dict[float, int]) -> None:
+        """Add the counts of the values near the largest |x_hat| so far: few, because a format has few values."""
+        least = 0.99 * self._total("top")
+        self._tops = {value: n for value, n in self._tops.items() if value >= least}
+        for value, n in counts.items():
+            self._tops[value] = self._tops.get(value, 0) + n
+
+    def _picked(self, rows: int) -> slice | None:
+        """Which of the next rows enter the histograms; None if none does."""
+        first = -self._rows % self.sample_every
+        if first >= rows or self._sampled >= SAMPLE or not self.spec.plain:
+            return None
+        return slice(first, None, self.sample_every)
 
     def _sample(self, size: Tensor, error: Tensor, scales: Tensor, lengths: Tensor) -> None:
-        first = -self._rows % self.sample_every
+        """Of rows that were picked: |x| and the error, (rows, blocks, block_size), the scales and lengths of blocks."""
         room = SAMPLE - self._sampled
-        if first >= size.shape[0] or room <= 0:
-            return
-        picked = slice(first, None, self.sample_every)
         inside = torch.arange(size.shape[-1], device=size.device) < lengths.unsqueeze(-1)
-        inside = inside & (scales[picked] > 0).unsqueeze(-1)
-        unit = scales[picked].unsqueeze(-1).expand_as(size[picked])[inside][:room]
+        inside = inside & (scales > 0).unsqueeze(-1)
+        unit = scales.unsqueeze(-1).expand_as(size)[inside][:room]
         element = self.spec.block_format.element
         edge, width = element.max * 4 / 3, 0.625 * 2.0 ** (element.emax - element.mantissa_bits)
-        magnitudes = _counts(size[picked][inside][:room] / unit, 0.0, edge)
-        errors = _counts(error[picked][inside][:room] / unit, -width, width)
+        magnitudes = _counts(size[inside][:room] / unit, 0.0, edge)
+        errors = _counts(error[inside][:room] / unit, -width, width)
         self._sampled += unit.numel()
         if self._histogram is None:
             self._histogram = Histogram(magnitudes, errors, width)
@@ -254,9 +325,8 @@ class Figures:
         the rows), `worst_channel` and `worst_channel_sqnr_db`, `at_maximum` (share of |x_hat| within 1 % of its
         largest, which published scans call saturation).
         """
-        sums, n = self._sums, max(1, self.count)
-        get = sums.get
-        signal, noise = get("x2", 0.0), get("e2", 0.0)
+        get, n = self._total, max(1, self.count)
+        signal, noise = get("x2"), get("e2")
         rows = torch.cat(self._row_energies, 1) if self._row_energies else torch.zeros(2, 0, dtype=torch.float64)
         channels = rows if self.channels == "row" else self._column_energies
         by_row = _decibels(rows)
@@ -267,37 +337,36 @@ class Figures:
             "sqnr_db": row_mean if self.channels == "column" else pooled,
             "pooled_sqnr_db": pooled,
             "relative_rms": math.sqrt(noise / signal) if signal else 0.0,
-            "mean_relative_error": get("relative", 0.0) / n,
-            "mean_abs_error": get("abs_error", 0.0) / n,
-            "max_abs_error": self._largest["max_abs_error"],
-            "deadzone": get("dead", 0.0) / n,
-            "clipped": get("clipped", 0.0) / n,
-            "clipped_blocks": get("clipped_blocks", 0.0) / max(1, self._blocks),
+            "mean_relative_error": get("relative") / n,
+            "mean_abs_error": get("abs_error") / n,
+            "max_abs_error": get("max_abs_error"),
+            "deadzone": get("dead") / n,
+            "clipped": get("clipped") / n,
+            "clipped_blocks": get("clipped_blocks") / max(1.0, get("blocks")),
             "at_maximum": sum(self._tops.values()) / n,
             "norm": math.sqrt(signal),
             "rms": math.sqrt(signal / n),
-            "amax": self._largest["amax"],
+            "amax": get("amax"),
             "kurtosis": self._kurtosis(),
-            "block_crest": get("crest", 0.0) / max(1.0, get("filled_blocks", 0.0)),
+            "block_crest": get("crest") / max(1.0, get("filled_blocks")),
             "row_sqnr_db": row_mean,
             "worst_channel": float(worst),
             "worst_channel_sqnr_db": worst_db,
         }
 
     def decomposition(self) -> dict[str, float]:
-        """The shares and cosines of `metrics.decompose`, in the scale mode of the spec; empty unless it rounds to
-        nearest."""
-        get = self._sums.get
-        if self.spec.rounding != "nearest":
+        """The shares and cosines of `metrics.decompose`, in the scale mode of the spec; empty where they are not
+        defined: unless it rounds to nearest, with a rotation, and with a residual."""
+        if not self.parted:
             return {}
         names = ("e2", "bias", "deadzone", "grid", "bias_grid", "bias_dead")
-        return shares(*(get(name, 0.0) for name in names))
+        return shares(*(self._total(name) for name in names))
 
     def _kurtosis(self) -> float:
         """E(x - m)^4 / var^2; 0 for a constant."""
         if not self.count:
             return 0.0
-        m, second, third, fourth = (self._sums[name] / self.count for name in ("x", "x2", "x3", "x4"))
+        m, second, third, fourth = (self._total(name) / self.count for name in ("x", "x2", "x3", "x4"))
         variance = second - m * m
         if variance <= 1e-12 * second:
             return 0.0
@@ -327,6 +396,25 @@ def _rounded(units: Tensor, element: ElementFormat, block_size: int) -> Tensor:
     if spec is None:
         return round_magnitude(units, element)
     return fake_quantize(units, spec, out=units)
+
+
+def _blocked(rows: Tensor, size: int) -> Tensor:
+    """(R, K) as (R, blocks, size), padded with zeros."""
+    padding = -rows.shape[1] % size
+    return (torch.nn.functional.pad(rows, (0, padding)) if padding else rows).unflatten(1, (-1, size))
+
+
+def _lengths(width: int, size: int) -> Tensor:
+    """How many elements each block of a row has, fp32."""
+    lengths = torch.full((-(-width // size),), float(size))
+    lengths[-1] -= -width % size
+    return lengths
+
+
+def _occurrences(magnitudes: Tensor, least: float) -> dict[float, int]:
+    """How often each of the magnitudes that are at least `least` occurs."""
+    values, counts = torch.unique(magnitudes[magnitudes >= least].double(), return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def _unit(peaks: Tensor) -> float:

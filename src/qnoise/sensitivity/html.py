@@ -42,7 +42,7 @@ _RANKED, _PICTURED = 25, 3
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --soft: #5b6674; --line: #d7dde5; --accent: #2f6fb3; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 70rem; padding: 1.5rem 1.25rem 4rem; background: #fff; color: var(--ink);
+body { margin: 0 auto; max-width: 78rem; padding: 1.5rem 1.25rem 4rem; background: #fff; color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem; }
@@ -53,7 +53,7 @@ p, li { overflow-wrap: anywhere; }
 .box p { margin: 0; font-weight: 600; } .box ul { margin: .3rem 0 0; padding-left: 1.1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .25rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th.l, td.l { text-align: left; }
 td.name { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 12.5px; text-align: left; }
@@ -160,7 +160,7 @@ def _formats(report: ScanReport) -> str:
                 worst = min(own, key=lambda row: row.figures["sqnr_db"])
                 rows.append(
                     [
-                        f"{_TITLES[kind]}, {spec}", f"{spec.block_format.bits_per_element:g}", str(len(own)),
+                        f"{_TITLES[kind]}, {spec}", f"{spec.bits_per_element:g}", str(len(own)),
                         number(pooled), number(worst.figures["sqnr_db"]), percent(own, "deadzone"),
                         percent(own, "clipped_blocks"), percent(own, "mean_relative_error"),
                         str(sum(bool(row.issues) for row in own)),
@@ -262,7 +262,7 @@ def _ranking(report: ScanReport) -> str:
         for row in ranking(report)[:_RANKED]
     ]  # fmt: skip
     header = [
-        "tensor", "kind", "format", "issues", "SQNR dB", "against gaussian", "deadzone %", "kurtosis", "block crest",
+        "tensor", "kind", "format", "issues", "SQNR dB", "vs gaussian", "deadzone %", "kurtosis", "block crest",
         "worst channel dB",
     ]  # fmt: skip
     shown = f'<p class="soft">{len(rows)} of {len(report.rows)}, those furthest below their gaussian first.</p>'

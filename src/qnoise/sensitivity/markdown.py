@@ -27,7 +27,7 @@ def markdown(report: ScanReport, top: int | None) -> str:
                 flagged = sum(bool(row.issues) for row in own)
                 rows.append(
                     [
-                        kind, str(spec), f"{spec.block_format.bits_per_element:g}", str(len(own)), number(pooled),
+                        kind, str(spec), f"{spec.bits_per_element:g}", str(len(own)), number(pooled),
                         number(_mean(own, "sqnr_db", gaussian=True)), percent(own, "deadzone"),
                         percent(own, "clipped_blocks"), percent(own, "mean_relative_error"),
                         f"`{cell(worst.name)}` {number(worst.figures['sqnr_db'])}", str(flagged),
@@ -94,11 +94,13 @@ def cell(text: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three or four digits; words for infinities."""
+    """Three digits, or the whole part; words for infinities."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:.0f}"
     return f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}"
 
 

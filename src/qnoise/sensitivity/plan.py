@@ -194,7 +194,7 @@ def _of_module(rows: Mapping[QuantSpec, ScanRow], specs: Sequence[QuantSpec | No
         else:
             row = rows[spec]
             error = row.figures.get("output_relative_rms", row.figures["relative_rms"])
-            bits.append(spec.block_format.bits_per_element * row.numel)
+            bits.append(spec.bits_per_element * row.numel)
             costs.append(error**2)
     return bits, costs
 

@@ -55,7 +55,7 @@ def recommend(report: ScanReport) -> Recommendation:
         spec: pooled_decibels(*([row.figures[name] for row in own] for name in ("norm", "relative_rms")))
         for spec, own in by_spec.items()
     }
-    spec = min(pooled, key=lambda each: (math.ceil(each.block_format.bits_per_element), -pooled[each]))
+    spec = min(pooled, key=lambda each: (math.ceil(each.bits_per_element), -pooled[each]))
     own = by_spec[spec]
     bad = sorted((row for row in own if row.issues), key=lambda row: row.figures["sqnr_db"] - row.gaussian["sqnr_db"])
     reasons = []

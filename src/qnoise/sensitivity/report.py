@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qnoise.formats import QuantSpec, as_spec
+from qnoise.sensitivity.localise import Localisation
 from qnoise.sensitivity.plain_json import dumps, loads
 from qnoise.sensitivity.rows import ACTIVATIONS, KINDS, Finding, ScanRow
 from qnoise.sensitivity.thresholds import THRESHOLDS, issues
@@ -56,13 +57,15 @@ class ScanReport:
         source: class of the model, or path of the checkpoint.
         thresholds: what the issues of the rows are judged by.
         rows: one for each tensor and format.
-        findings: what is no figure: tensors left out and why, NaN weights, missing files.
+        findings: what is no figure: tensors left out and why, NaN weights, missing files, faults.
+        localisation: what `localise=True` found out about faults; None without it.
     """
 
     source: str
     thresholds: str
     rows: tuple[ScanRow, ...]
     findings: tuple[Finding, ...] = ()
+    localisation: Localisation | None = None
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
@@ -123,7 +126,7 @@ class ScanReport:
         rows = tuple(
             replace(
                 row,
-                issues=issues(row.figures, row.gaussian, row.numel, row.spec.block_format.block_size, thresholds),
+                issues=issues(row.figures, row.gaussian, row.numel, row.spec, thresholds),
             )
             for row in self.rows
         )
@@ -192,6 +195,7 @@ class ScanReport:
             "thresholds": self.thresholds,
             "rows": [row.to_dict() for row in self.rows],
             "findings": [asdict(finding) for finding in self.findings],
+            **({} if self.localisation is None else {"localisation": self.localisation.to_dict()}),
         }
         return dumps(values, indent)
 
@@ -212,6 +216,7 @@ class ScanReport:
                 str(values["thresholds"]),
                 tuple(ScanRow.from_dict(row) for row in values["rows"]),
                 tuple(Finding(str(f["name"]), str(f["what"]), bool(f["serious"])) for f in values["findings"]),
+                Localisation.from_dict(values["localisation"]) if "localisation" in values else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this scan report is damaged: {type(error).__name__}: {error}") from None

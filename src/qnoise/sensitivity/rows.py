@@ -25,7 +25,7 @@ class ScanRow:
         name: canonical name of the module (for a checkpoint: of the tensor, without `.weight`).
         kind: which tensor of it, one of `KINDS`.
         spec: format, scale mode and rounding.
-        shape: of the weight; (tokens, features) of an activation.
+        shape: of the weight, its contraction axis last; (tokens, features) of an activation.
         dtype: such as "bfloat16".
         figures: see `Figures.result`; of a weight whose module got inputs also `output_relative_rms`, the relative RMS
             error of the module's output.
@@ -33,6 +33,7 @@ class ScanRow:
         gaussian: the same figures of a gaussian tensor of this rms, row length and format.
         issues: what is worse than the thresholds allow.
         histogram: of a sample of the elements.
+        scale_shared_with: names of the weights whose per-tensor scale it shares, because engines fuse them with it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ScanRow:
     gaussian: Mapping[str, float]
     issues: tuple[str, ...] = ()
     histogram: Histogram | None = None
+    scale_shared_with: tuple[str, ...] = ()
 
     @property
     def fmt(self) -> str:
@@ -88,6 +90,7 @@ class ScanRow:
             "gaussian": dict(self.gaussian),
             "issues": list(self.issues),
             "histogram": None if self.histogram is None else vars(self.histogram),
+            "scale_shared_with": list(self.scale_shared_with),
         }
 
     @classmethod
@@ -109,6 +112,7 @@ class ScanRow:
             else Histogram(
                 [int(n) for n in histogram["magnitudes"]], [int(n) for n in histogram["errors"]], histogram["width"]
             ),
+            scale_shared_with=tuple(str(name) for name in values.get("scale_shared_with", ())),
         )
 
 

@@ -13,12 +13,14 @@ from torch import nn
 
 from qnoise.formats import QuantSpec, as_spec
 from qnoise.sensitivity.activations import scan_activations
+from qnoise.sensitivity.batches import batches
 from qnoise.sensitivity.checkpoint import Checkpoint, open_checkpoint
+from qnoise.sensitivity.localise import localise as find_faults
 from qnoise.sensitivity.plain_json import dumps, loads
 from qnoise.sensitivity.report import ScanReport
 from qnoise.sensitivity.rows import Finding, ScanRow
 from qnoise.sensitivity.thresholds import THRESHOLDS
-from qnoise.sensitivity.weights import Matrix, checkpoint_matrices, model_matrices, scan_matrix
+from qnoise.sensitivity.weights import Matrix, Peaks, checkpoint_matrices, model_matrices, scan_matrix
 from qnoise.spelling import check_choice
 
 _RESUME_SCHEMA = "qnoise-scan-part-1"
@@ -34,6 +36,7 @@ def scan(
     thresholds: str = "gaussian",
     resume: str | Path | None = None,
     progress: bool | None = None,
+    localise: bool = False,
 ) -> ScanReport:
     """What each format does to each weight, and to activations when inputs are given.
 
@@ -41,7 +44,8 @@ def scan(
     weight with the active adapters added, and what they add are separate rows. Of a checkpoint the two-dimensional
     tensors that are weights of linears by their names; files are read a chunk at a time, so that the memory needed does
     not grow with the model. What is left out is listed in the findings, with the reason. The model stays as it was, bit
-    for bit; nothing is quantized in it. An NVFP4 tensor has the per-tensor scale of its own amax.
+    for bit; nothing is quantized in it. An NVFP4 tensor has the per-tensor scale that `patch_model`
+    gives it: the siblings that engines fuse share one, and the row names them.
 
     Args:
         model_or_checkpoint: a model, patched or not, wrapped by PEFT or not; or the path of a safetensors file, of a
@@ -56,6 +60,8 @@ def scan(
         resume: a file to keep finished tensors of a checkpoint in. A scan that was interrupted goes on from there; the
             file must be of the same checkpoint, formats and thresholds.
         progress: show a progress bar on stderr; None: if it is a terminal.
+        localise: also find the layers that carry a hardware fault, by the inputs: `report.localisation`, and a serious
+            finding for each. Runs the model three times more for each batch.
 
     Returns:
         The report.
@@ -63,7 +69,7 @@ def scan(
     Raises:
         ValueError: unknown format or thresholds; a pattern that matches nothing; nothing to scan; a checkpoint that
             contradicts itself (file and tensor are named); a `resume` file of another scan, or for a model; inputs
-            for a path.
+            for a path; localise without inputs, or for a model without repeated layers.
         TypeError: neither a model nor a path.
         FileNotFoundError: no such path.
     """
@@ -71,6 +77,9 @@ def scan(
     check_choice("thresholds", thresholds, THRESHOLDS)
     include = (include,) if isinstance(include, str) else include
     exclude = (exclude,) if isinstance(exclude, str) else exclude
+    if localise and inputs is None:
+        raise ValueError("localise=True looks at the model while it runs: give inputs=")
+    inputs = list(batches(inputs)) if localise else inputs
     findings: list[Finding] = []
     identity = ""
     if isinstance(model_or_checkpoint, nn.Module):
@@ -94,12 +103,13 @@ def scan(
         why = "; ".join(f"{f.name}: {f.what}" for f in findings[:6]) or "it has no linears"
         raise ValueError(f"there is no weight to scan in {source}. {why}")
     rows: list[ScanRow] = []
+    peaks = Peaks(matrices, specs)
     part = _Part(resume, source, identity, specs, thresholds)
     with part:
         for matrix in _with_progress(matrices, progress):
             kept = part.of(matrix)
             if kept is None:
-                kept = scan_matrix(matrix, specs, thresholds)
+                kept = scan_matrix(matrix, specs, thresholds, peaks)
                 part.keep(matrix, *kept)
             rows += kept[0]
             findings += kept[1]
@@ -108,7 +118,9 @@ def scan(
         seen, more, output_errors = scan_activations(model, inputs, specs, thresholds, include, exclude)
         findings += more
         rows = [_with_output_error(row, output_errors) for row in rows] + seen
-    return ScanReport(source=source, thresholds=thresholds, rows=tuple(rows), findings=tuple(findings))
+    found = find_faults(cast(nn.Module, model_or_checkpoint), inputs) if localise else None
+    findings += [Finding(each.name, str(each), serious=True) for each in found.suspicions] if found else []
+    return ScanReport(source, thresholds, tuple(rows), tuple(findings), found)
 
 
 def _specs(fmts: str | QuantSpec | Sequence[str | QuantSpec]) -> list[QuantSpec]:
