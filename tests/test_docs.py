@@ -49,7 +49,7 @@ def test_samples_print_what_they_show(path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
 def test_generated_parts_are_those_of_the_committed_results(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert "<!-- generated:" in text
+    assert "<!-- generated:" in text or path.name == "integrations.md"
     assert render(text) == text
 
 

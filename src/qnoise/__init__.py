@@ -4,10 +4,12 @@
 `unpatch_model` takes it all off again. Importing this package loads torch and numpy and nothing else of weight.
 """
 
-from qnoise import metrics, rl, schedules
+from qnoise import faults, metrics, repairs, rl, schedules
 from qnoise.config import NoiseConfig, PatchConfig
 from qnoise.formats import FORMATS, BlockFormat, QuantSpec, register_format
 from qnoise.functional import fake_quantize, quantize
+from qnoise.integrations.export import export, load_packed
+from qnoise.integrations.merge import merge
 from qnoise.nn import FakeQuantLinear, NoisyRMSNorm
 from qnoise.noise_control import NoiseScheduler
 from qnoise.packing import BlockQuantized
@@ -31,8 +33,12 @@ __all__ = [
     "QuantSpec",
     "ScanReport",
     "bake",
+    "export",
     "fake_quantize",
+    "faults",
     "full_precision",
+    "load_packed",
+    "merge",
     "metrics",
     "patch_model",
     "phase",
@@ -40,6 +46,7 @@ __all__ = [
     "quiet",
     "refresh",
     "register_format",
+    "repairs",
     "rl",
     "scan",
     "schedules",
