@@ -39,17 +39,13 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What else may change a time: peers, compilers, cores, the instruction set torch uses, and which of our own
-    backends is active."""
-    from qnoise import ops
-
+    """What else may change a time: peers, compilers, cores, the instruction set torch uses."""
     return {
         "peers": _versions(PEERS) | {"microxcaling": _source_version("mx")},
         "compilers": {name: _compiler(name) for name in COMPILERS},
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": platform.platform(),
-        "backend": ops.backend("cpu"),
     }
 
 
@@ -78,6 +74,38 @@ def device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return cli.processor() or ""
+
+
+def place(kind: str) -> dict[str, Any]:
+    """What tells one place of a run from another: the device, "cpu" or "cuda", which of our own backends serves there,
+    and of a GPU what its speed depends on."""
+    from qnoise import ops
+
+    found: dict[str, Any] = {"backend": ops.backend(kind)}
+    if kind != "cuda":
+        return found | {"device": cli.processor() or ""}
+    properties = torch.cuda.get_device_properties()
+    return found | {
+        "device": properties.name,
+        "gpu": {
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        },
+    }
+
+
+def _driver() -> str:
+    """Version of the NVIDIA driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.partition("\n")[0].strip()
 
 
 def git_commit() -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import qnoise
-from benchmarks.files import RESULTS, read_json, write_text
+from benchmarks.files import RESULTS, read_json, read_jsonl, write_text
 from benchmarks.micro import tables
-from benchmarks.micro.goals import GOALS
+from benchmarks.micro.goals import CUDA_GOALS, CUDA_OPERATIONS, GOALS
 from benchmarks.micro.tables import Line
-from benchmarks.recovery import report
+from benchmarks.recovery import ptq_table, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -195,6 +195,19 @@ def goals() -> str:
     return table(*tables.goals(GOALS))
 
 
+def on_a_gpu() -> str:
+    """The goals of a GPU; and, where they were measured, all cases of its operations."""
+    found = [(name, lines) for name in CUDA_OPERATIONS if (lines := tables.latest(name))]
+    parts = [table(*tables.goals(CUDA_GOALS))]
+    missing = [f"`{name}`" for name in CUDA_OPERATIONS if name not in dict(found)]
+    if missing:
+        parts.append(
+            f"Not measured, and the kernels of torchao and ModelOpt beside ours neither: {', '.join(missing)}. On a "
+            "machine with a GPU, `python -m benchmarks run cuda` does."
+        )
+    return "\n\n".join([*parts, *(f"**{name}**\n\n{_cases(lines, 'cuda')}" for name, lines in found)])
+
+
 ALU_GOALS = {
     "fake_quantize mxfp4 bf16": 9,
     "fake_quantize nvfp4 bf16": 10,
@@ -239,6 +252,47 @@ def _instructions(row: Line | None) -> str:
     return f"{counts}, {row['registers']} registers"
 
 
+def scan() -> str:
+    """Millions of weights a second."""
+    lines = tables.latest("scan")
+    if not lines:
+        return not_measured("scan")
+    speeds: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+    for line in lines:
+        parameters = line["parameters"]
+        for found in line["rows"]:
+            speed = found["figures"]["weights"] / found["wall_ms"]["median"] / 1e3
+            key = (found["contender"], parameters["threads"])
+            speeds.setdefault((parameters["fmt"], parameters["dtype"]), {})[key] = tables.number(speed)
+    columns = list(dict.fromkeys(key for each in speeds.values() for key in each))
+    header = ["format", "dtype", *(f"{name}, {n} thread{'s' * (n > 1)}" for name, n in columns)]
+    rows = [[f"`{fmt}`", dtype, *(each.get(key, "–") for key in columns)] for (fmt, dtype), each in speeds.items()]
+    shape = tables.plain(lines[0]["parameters"]["shape"])
+    return table(header, rows) + f"\n\nMillions of weights a second; {shape} normal weights ({tables.where(lines)})."
+
+
+def baked() -> str:
+    """The arrangements in which a base and its adapters can be served."""
+    result = read_json(RESULTS / "baked.json")
+    found = {(row["arrangement"], row["fmt"]): row for row in result["rows"]}
+    fmts = list(dict.fromkeys(fmt for _, fmt in found))
+    rows = [
+        [arrangement, *(_decibels(found[arrangement, fmt]) for fmt in fmts)]
+        for arrangement in dict.fromkeys(name for name, _ in found)
+    ]
+    note = (
+        f"SQNR in dB of all weights of `{result['policy']}` taken together, in fp32, when they are quantized to the "
+        f"format ({provenance(result)})."
+    )
+    return table(["", *(f"`{fmt}`" for fmt in fmts)], rows) + "\n\n" + note
+
+
+def _decibels(row: dict[str, Any]) -> str:
+    if row["sqnr_db"] is None:
+        return "no error"
+    return "a rounding of fp32" if row["sqnr_db"] > 120 else f"{row['sqnr_db']:.2f}"
+
+
 def rl() -> str:
     """Log-probabilities: time, memory; and the loss."""
     return "\n\n".join(
@@ -251,9 +305,63 @@ def rl() -> str:
     )
 
 
+def repairs() -> str:
+    """Formats and repairs on the shipped policies, without RL."""
+    path = RESULTS / "ptq.jsonl"
+    if not path.is_file():
+        return "Not measured yet (`python -m benchmarks.recovery ptq`)."
+    lines = read_jsonl(path)
+    rows = ptq_table.results(lines)
+    settings, environment = lines[0]["settings"], lines[0]["environment"]
+    commits = sorted({line["commit"][:12] + "+changes" * ("+" in line["commit"]) for line in lines[1:]})
+    note = (
+        f"Greedy accuracy (flexible) on {settings['problems']:,} problems for each of {len(settings['policies'])} "
+        f"policies, mean; 95 % intervals of the paired bootstrap over problems. KL: nats per token, on text of other "
+        f"problems that the policy wrote in full precision. Bits: with every scale, per quantized weight; behind the "
+        f"plus those of the adapter, in bf16. Weight error: relative RMS of the base, in the basis it is quantized in. "
+        f"Seconds: processor time of the repair. (`{lines[0]['command']}`; torch {environment['versions']['torch']}; "
+        f"{environment['device']}; commit {', '.join(commits)})"
+    )
+    sentences = ptq_table.judged(rows)
+    if missing := ptq_table.missing(rows):
+        sentences.append("Not measured yet: " + ", ".join(f"`{name}`" for name in missing) + ".")
+    goals = "\n".join(f"- {sentence}" for sentence in sentences)
+    return "\n\n".join([table(*ptq_table.grid(rows)), note, goals])
+
+
+def faults() -> str:
+    """Layers found by their injected deadzone."""
+    path = RESULTS / "faults.json"
+    if not path.is_file():
+        return "Not measured yet (`python -m benchmarks.faults`)."
+    result = read_json(path)
+    found: dict[tuple[str, str, str], dict[float, str]] = {}
+    for each in result["results"]:
+        for row in each["trials"]:
+            key = (each["model"], each["dtype"], row["at"])
+            found.setdefault(key, {})[row["threshold"]] = f"{row['right']} of {row['layers']}"
+    thresholds = list(dict.fromkeys(threshold for row in found.values() for threshold in row))
+    header = ["model", "dtype", "at", *(f"{100 * threshold:g} %" for threshold in thresholds)]
+    rows = [[*key, *(row.get(threshold, "–") for threshold in thresholds)] for key, row in found.items()]
+    trials = [row for each in result["results"] for row in each["trials"] if row["threshold"] >= 0.003]
+    layers, elsewhere = sum(row["layers"] for row in trials), sum(row["elsewhere"] for row in trials)
+    healthy = sum(each["healthy_scans"] for each in result["results"])
+    alarms = sum(len(each["false_alarms"]) for each in result["results"])
+    notes = [
+        f"From 0.3 % on {sum(row['right'] for row in trials)} of {layers} faults are found where they are, and "
+        f"{elsewhere} places are accused wrongly. The layer of the least gain is right in "
+        f"{sum(row['least_gain_right'] for row in trials)} of {layers}, the layer of the oddest kurtosis in "
+        f"{sum(row['kurtosis_right'] for row in trials)}.",
+        f"Healthy models, {healthy} scans: {alarms} false alarms.",
+        f"{result['prompts']} prompts ({provenance(result, seeds=False)}).",
+    ]
+    return table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "formats": formats,
     "demo": demo,
+    "repairs": repairs,
     "speed": speed,
     "modes": modes,
     "peers": peers,
@@ -266,8 +374,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "model": partial(operation, "model", "modules"),
     "patching": partial(operation, "patching", "modules"),
     "rl": rl,
+    "scan": scan,
+    "faults": faults,
+    "baked": baked,
     "artefacts": artefacts,
     "goals": goals,
+    "cuda": on_a_gpu,
 }
 
 

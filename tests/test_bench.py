@@ -15,13 +15,16 @@ import torch
 import qnoise
 from benchmarks import micro, render
 from benchmarks.__main__ import main
-from benchmarks.micro import fake_quantize, pack, tables
+from benchmarks.micro import cuda, fake_quantize, pack, tables
+from benchmarks.micro import measure as measuring
 from benchmarks.micro import run as runner
-from benchmarks.micro.goals import GOALS
+from benchmarks.micro.device_clock import DeviceClock
+from benchmarks.micro.goals import CUDA_GOALS, CUDA_OPERATIONS, GOALS
 from benchmarks.micro.measure import Case, Clock, Contender, GateError, check, interval, measure, optional, spread
 from benchmarks.micro.peak import measure_peak, peak_bytes
 from benchmarks.micro.tables import Goal, Pick
 from qnoise.kernels import chunked
+from qnoise.nn.packed import PackedLinear
 
 
 class Time:
@@ -181,6 +184,91 @@ def test_threads_are_those_of_the_case_and_come_back(tmp_path: Path) -> None:
     assert torch.get_num_threads() == before
 
 
+class Gpu:
+    """A GPU that works behind the processor: a launch takes the processor a while, and then waits for its turn."""
+
+    def __init__(self) -> None:
+        self.host = self.free = 0.0
+
+    def clock(self) -> DeviceClock:
+        return DeviceClock(self.event, self.synchronize, self.sleep, lambda: self.host, lambda: self.host)
+
+    def event(self) -> Any:
+        made = SimpleNamespace()
+        made.record = lambda: setattr(made, "at", max(self.host, self.free))
+        made.elapsed_time = lambda end: 1e3 * (end.at - made.at)
+        return made
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.free)
+
+    def sleep(self, cycles: int) -> None:
+        self.free = max(self.host, self.free) + cycles / 2e9
+
+    def launches(self, host: float, gpu: float) -> Callable[[], None]:
+        def call() -> None:
+            self.host += host
+            self.free = max(self.host, self.free) + gpu
+
+        return call
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """5 microseconds of work that take Python 50 to ask for are 5, and so they stay beside work of 2 ms; what was
+    launched before is not counted."""
+    gpu = Gpu()
+    contenders = [
+        Contender("short", gpu.launches(5e-5, 5e-6)),
+        Contender("long", gpu.launches(5e-5, 2e-3)),
+        Contender("prepared", gpu.launches(5e-5, 1e-3), before=gpu.launches(1.0, 3.0)),
+    ]
+    one = Case("op", {"device": "a GPU"}, contenders, work, rounds=6, device="cuda")
+    rows = measure(one, clock=gpu.clock())
+    assert [row["wall_ms"]["median"] for row in rows] == pytest.approx([0.005, 2.0, 1.0])
+    assert [row["cpu_ms"]["median"] for row in rows] == pytest.approx([0.05] * 3)
+    assert [row["calls_per_round"] for row in rows] == [100, 1, 1], "fewer than the launches a GPU has room for"
+
+    monkeypatch.setattr(measuring, "DeviceClock", gpu.clock)
+    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner, "environment", dict)
+    monkeypatch.setattr(runner, "machine", dict)
+    monkeypatch.setattr(runner, "place", lambda kind: {"device": f"the {kind}", "backend": "ours"})
+    on_cpu = Case("other", {}, [Contender("copy", work)], work, rounds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "environment", lambda: {"versions": {"torch": "2"}, "device": "whatever"})
+        runner.run(["one"], out=tmp_path, entry=entries(one, on_cpu), stream=io.StringIO())
+    lines = [json.loads((tmp_path / f"{name}.jsonl").read_text()) for name in ("op", "other")]
+    assert [line["environment"]["device"] for line in lines] == ["the cuda", "the cpu"]
+    assert lines[0]["rows"][0]["wall_ms"]["median"] == pytest.approx(0.005)
+
+
+def test_operands_of_a_gpu_take_turns() -> None:
+    seen: list[int] = []
+    call = cuda.in_turn([lambda n=n: seen.append(n) for n in range(3)])  # type: ignore[misc]
+    for _ in range(7):
+        call()
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_the_cases_of_a_gpu_are_right_and_their_goals_find_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run on the CPU, with its clock: the checks pass, and no goal would read "not measured" for ever."""
+    assert torch.cuda.is_available() or list(cuda.cases(quick=True)) == []
+    monkeypatch.setattr(cuda, "ROUNDS", 1)
+    monkeypatch.setattr(measuring, "MINIMUM_SECONDS", 0.0)
+    monkeypatch.setattr(measuring.gc, "collect", lambda: None)
+    tiny = cuda.Sizes((64, 64), (8, 32), ((64, 32),), (8, 32), (1, 4, 64))
+    one = SimpleNamespace(TITLE="", cases=lambda quick: cuda.on("cpu", tiny))
+    assert [goal.worst(tables.latest(goal.operation, tmp_path)) for goal in CUDA_GOALS] == [None] * len(CUDA_GOALS)
+    runner.run(["cuda"], out=tmp_path, entry=lambda name: one, stream=io.StringIO())
+    assert {path.stem for path in tmp_path.iterdir()} == set(CUDA_OPERATIONS)
+    lines = [line for name in CUDA_OPERATIONS for line in tables.latest(name, tmp_path)]
+    assert {line["parameters"]["device"] for line in lines} == {"cpu"}
+    assert {line["parameters"]["fmt"] for line in lines if "fmt" in line["parameters"]} == set(qnoise.FORMATS)
+    assert all(goal.worst(tables.latest(goal.operation, tmp_path)) is not None for goal in CUDA_GOALS)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_sees_what_lives_for_a_moment() -> None:
     size = 32 << 20
@@ -215,7 +303,7 @@ def test_the_checks_of_our_entries_can_fail(monkeypatch: pytest.MonkeyPatch) -> 
             result = function(*arguments, **more)
             # What writes into a given tensor has it as the last argument or as `out`.
             values = next(v for v in (more.get("out"), result, arguments[-1]) if isinstance(v, torch.Tensor))
-            values.view(-1)[-1:] = torch.nextafter(values.view(-1)[-1:].float(), torch.tensor(9.0)).to(values.dtype)
+            values.view(-1)[-1:].view(torch.int16 if values.element_size() == 2 else torch.int32).add_(1)
             return result
 
         return call
@@ -227,6 +315,9 @@ def test_the_checks_of_our_entries_can_fail(monkeypatch: pytest.MonkeyPatch) -> 
         (fake_quantize.speed(spec, x), chunked, "fake_quantize_rows"),
         (next(pack.both(spec, x)), qnoise.BlockQuantized, "dequantize"),
         (next(pack.both(spec, x)), chunked, "dequantize_rows"),
+        (cuda.fake_quantize(spec, torch.float32, (64, 64), "cpu"), qnoise, "fake_quantize"),
+        (next(cuda.packing(spec, torch.bfloat16, (64, 64), "cpu")), qnoise.BlockQuantized, "dequantize"),
+        (cuda.decode(2, (64, 32), "cpu"), PackedLinear, "effective_weight"),
     ]
     for each, owner, name in cases:
         check(each)

@@ -72,7 +72,7 @@ def speed(spec: QuantSpec, x: Tensor, with_peers: bool = False) -> Case:
 
 def eager_rounds(spec: QuantSpec, common: bool) -> int | None:
     """As many as of the others for what everyone uses; fewer where it takes half a second, and one where seconds."""
-    searches = spec.scale_mode in ("mse", "four_over_six") or spec.rounding == "stochastic"
+    searches = (spec.scale_mode or "").startswith(("mse", "four_over_six")) or spec.rounding == "stochastic"
     return 1 if searches else None if common else SLOW_ROUNDS
 
 

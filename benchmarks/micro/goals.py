@@ -1,7 +1,8 @@
-"""The figures that were to be reached on the CPU, and where each is found in the results.
+"""The figures that were to be reached, and where each is found in the results.
 
 Fake quantization at 4096 x 4096 on one thread, in units of `Tensor.copy_` in the same run; a module in units of the
 stock module, by the upper end of the 95 % interval; log-probabilities in units of fp32 `log_softmax` and `gather`.
+On a GPU: shares of the bandwidth of a copy, and medians.
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ def threads_kept(line: Line) -> float | None:
             return None
         medians[count] = ours["wall_ms"]["median"] / copy["wall_ms"]["median"]
     return float(medians["1 thread"] / medians["2 threads"])
+
+
+def scanned(line: Line) -> float | None:
+    """Millions of weights a second, with two threads."""
+    found = row(line, "scan")
+    if line["parameters"]["threads"] != 2 or found is None:
+        return None
+    return float(found["figures"]["weights"] / found["wall_ms"]["median"] / 1e3)
 
 
 GOALS = (
@@ -102,6 +111,57 @@ GOALS = (
     Goal("log-probabilities from hidden states, frozen head", "rl_log_probs", 1.4, from_hidden("frozen")),
     Goal("largest error of log-probabilities", "rl_log_probs", 1e-6, Pick("qnoise", key="figures.max_error")),
     Goal("bytes per logit from hidden states", "rl_log_probs_memory", 3.0, Pick("qnoise", key="peak_per_unit")),
+    Goal("scan, millions of weights a second, 2 threads", "scan", 100.0, scanned, least=True),
     # Where verl is installed it is the first contender.
     Goal("DAPO loss over verl's", "rl_dapo_loss", 0.9, Pick("verl compute_policy_loss_vanilla", over="qnoise")),
 )
+
+CUDA_OPERATIONS = (
+    "cuda_fake_quantize",
+    "cuda_quantize",
+    "cuda_dequantize",
+    "cuda_decode",
+    "cuda_linear",
+    "cuda_norm",
+    "cuda_rl_log_probs",
+)
+"""What `benchmarks/micro/cuda.py` times."""
+
+CUDA_GOALS = (
+    Goal(
+        "fake quantization, every format, share of a copy's bandwidth",
+        "cuda_fake_quantize",
+        0.9,
+        Pick(OURS, key="share_of_bound"),
+        least=True,
+    ),
+    *(
+        Goal(
+            f"{word}, every format, share of a copy's bandwidth",
+            operation,
+            0.8,
+            Pick("qnoise", key="share_of_bound"),
+            least=True,
+        )
+        for word, operation in (("packing", "cuda_quantize"), ("unpacking", "cuda_dequantize"))
+    ),
+    *(
+        Goal(
+            f"decoding 1 to 8 tokens, packed {fmt}, times faster than bf16",
+            "cuda_decode",
+            2.5,
+            Pick(f"packed {fmt}", over="nn.Linear"),
+            least=True,
+        )
+        for fmt in FMTS
+    ),
+    *(
+        Goal(
+            f"linear, forward and backward, {contender.format(fmt)}", "cuda_linear", limit, Pick(contender.format(fmt))
+        )
+        for contender, limit in (("cached {}", 1.02), ("dynamic {}", 1.05), ("dynamic {}, activations too", 1.1))
+        for fmt in FMTS
+    ),
+    Goal("noisy norm, times the stock one", "cuda_norm", 1.02, Pick("noisy, sigma 0.01")),
+)
+"""On a GPU."""

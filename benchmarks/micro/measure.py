@@ -14,9 +14,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+from benchmarks.micro.device_clock import DeviceClock
 
 MINIMUM_SECONDS = 1e-3
 """A contender faster than this is called several times in a row, and its time divided."""
@@ -88,6 +90,7 @@ class Case:
         memory_unit: bytes (or elements) in multiples of which the peak memory of each contender is given; None if
             memory is not measured. It is measured in a fresh process that runs through `cases` up to this one, so
             such cases come first in their file, and build their tensors only when they are reached.
+        device: "cpu", or "cuda": then times are those of the GPU, read from its events (`device_clock.py`).
     """
 
     operation: str
@@ -96,6 +99,7 @@ class Case:
     check: Callable[[], None]
     rounds: int = 30
     memory_unit: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         names = [contender.name for contender in self.contenders]
@@ -110,12 +114,34 @@ class Case:
         return " ".join([self.operation, *(f"{key}={value}" for key, value in self.parameters.items())])
 
 
+class Timer(Protocol):
+    """Where times are read.
+
+    Attributes:
+        most_calls: at most so many calls in a row for one reading.
+    """
+
+    @property
+    def most_calls(self) -> int: ...
+
+    def time(self, run: Callable[[], None], before: Callable[[], object] | None) -> tuple[float, float]:
+        """Seconds that `run` takes, and seconds of processor time of this process; `before` is not counted."""
+
+
 @dataclass(frozen=True)
 class Clock:
     """Seconds of wall time, and of processor time of this process with all its threads."""
 
     wall: Callable[[], float] = time.perf_counter
     cpu: Callable[[], float] = time.process_time
+    most_calls: int = 1000
+
+    def time(self, run: Callable[[], None], before: Callable[[], object] | None) -> tuple[float, float]:
+        if before is not None:
+            before()
+        wall, cpu = self.wall(), self.cpu()
+        run()
+        return self.wall() - wall, self.cpu() - cpu
 
 
 class GateError(Exception):
@@ -135,13 +161,13 @@ def check(case: Case) -> None:
         raise GateError(f"{case.title}: the check failed, so nothing is timed: {error!r}") from error
 
 
-def measure(case: Case, rounds: int | None = None, clock: Clock | None = None) -> list[dict[str, Any]]:
+def measure(case: Case, rounds: int | None = None, clock: Timer | None = None) -> list[dict[str, Any]]:
     """Time the contenders of a case that has been checked.
 
     Args:
         case: the case.
         rounds: an upper limit on the rounds of everyone; None for the case's own.
-        clock: where the time is read.
+        clock: where the time is read; None for the one of the case's device.
 
     Returns:
         One row a contender, in their order. Of one that ran: `wall_ms` and `cpu_ms` per call (median, p20, p80),
@@ -150,7 +176,7 @@ def measure(case: Case, rounds: int | None = None, clock: Clock | None = None) -
         `bytes_moved` is known `gb_per_s` and `share_of_bound`. Of one that did not: `absent`, the reason.
     """
     torch.set_num_threads(case.parameters.get("threads", 1))
-    clock = clock or Clock()
+    clock = clock or (DeviceClock() if case.device == "cuda" else Clock())
     case, calls = _warmed_up(case, rounds, clock)
     runs = {c.name: _runs(case, c, rounds) for c in case.contenders if c.call is not None}
     walls: dict[str, list[float]] = {name: [] for name in calls}
@@ -179,7 +205,7 @@ def _runs(case: Case, contender: Contender, limit: int | None) -> int:
     return min(n for n in (case.rounds, contender.rounds, limit) if n is not None)
 
 
-def _warmed_up(case: Case, rounds: int | None, clock: Clock) -> tuple[Case, dict[str, int]]:
+def _warmed_up(case: Case, rounds: int | None, clock: Timer) -> tuple[Case, dict[str, int]]:
     """Calls per round of each contender that takes part; a foreign one that fails is absent in the case returned."""
     calls, contenders = {}, []
     for contender in case.contenders:
@@ -194,25 +220,26 @@ def _warmed_up(case: Case, rounds: int | None, clock: Clock) -> tuple[Case, dict
     return replace(case, contenders=contenders), calls
 
 
-def _calls_per_round(contender: Contender, clock: Clock) -> int:
+def _calls_per_round(contender: Contender, clock: Timer) -> int:
     """One call to warm up, one to see how long it takes."""
     _seconds(contender, 1, clock)
     if contender.before is not None or contender.rounds is not None:
         return 1
     wall, _ = _seconds(contender, 1, clock)
-    return 1 if wall >= MINIMUM_SECONDS else min(1000, math.ceil(MINIMUM_SECONDS / max(wall, 1e-9)))
+    return 1 if wall >= MINIMUM_SECONDS else min(clock.most_calls, math.ceil(MINIMUM_SECONDS / max(wall, 1e-9)))
 
 
-def _seconds(contender: Contender, calls: int, clock: Clock) -> tuple[float, float]:
+def _seconds(contender: Contender, calls: int, clock: Timer) -> tuple[float, float]:
     """Wall and processor seconds of one call."""
     call = contender.call
     assert call is not None  # an absent contender has no calls per round
-    if contender.before is not None:
-        contender.before()
-    wall, cpu = clock.wall(), clock.cpu()
-    for _ in range(calls):
-        call()
-    return (clock.wall() - wall) / calls, (clock.cpu() - cpu) / calls
+
+    def run() -> None:
+        for _ in range(calls):
+            call()
+
+    wall, cpu = clock.time(run, contender.before)
+    return wall / calls, cpu / calls
 
 
 def _row(

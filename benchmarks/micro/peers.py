@@ -19,16 +19,17 @@ FakeQuantize = Callable[[Tensor], Tensor]
 ROUNDS = 3
 
 
-def contenders(fmt: str, x: Tensor) -> list[Contender]:
-    """The peers, on the default scale mode of `fmt` or the one they have instead (compressed-tensors' MXFP4 rounds
-    the maximum to a power of two, as our mode `even` does)."""
+def contenders(fmt: str, x: Tensor, rounds: int | None = ROUNDS) -> list[Contender]:
+    """The peers that run on the device of `x`, on the default scale mode of `fmt` or the one they have instead
+    (compressed-tensors' MXFP4 rounds the maximum to a power of two, as our mode `even` does)."""
 
     def fake_quantize(make: Callable[[str], FakeQuantize]) -> Callable[[], object]:
         function = make(fmt)
-        check_close(x[:64], function(x[:64]))
+        check_close(x[:128], function(x[:128]))
         return functools.partial(function, x)
 
-    return [optional(name, functools.partial(fake_quantize, make), rounds=ROUNDS) for name, make in MAKERS.items()]
+    makers = MAKERS | (ON_A_GPU if x.device.type == "cuda" else {})
+    return [optional(name, functools.partial(fake_quantize, make), rounds=rounds) for name, make in makers.items()]
 
 
 def packing(fmt: str, x: Tensor) -> dict[str, list[Contender]]:
@@ -99,6 +100,16 @@ def _microxcaling(fmt: str) -> FakeQuantize:
     return _pick("microxcaling", fmt, mxfp4=mxfp4)
 
 
+def _modelopt(fmt: str) -> FakeQuantize:
+    kernels = importlib.import_module("modelopt.torch.quantization.triton")
+
+    def nvfp4(x: Tensor) -> Tensor:
+        done: Tensor = kernels.fp4_fake_quant_block(x, x.abs().amax().float())
+        return done.to(x.dtype)
+
+    return _pick("ModelOpt", fmt, nvfp4=nvfp4)
+
+
 def _pick(library: str, fmt: str, **functions: FakeQuantize) -> FakeQuantize:
     if fmt not in functions:
         raise NotImplementedError(f"{library} has no {fmt}")
@@ -110,3 +121,6 @@ MAKERS: dict[str, Callable[[str], FakeQuantize]] = {
     "compressed-tensors": _compressed_tensors,
     "microxcaling": _microxcaling,
 }
+
+ON_A_GPU: dict[str, Callable[[str], FakeQuantize]] = {"ModelOpt": _modelopt}
+"""Kernels that need one."""

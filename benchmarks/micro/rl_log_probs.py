@@ -40,10 +40,10 @@ def naive(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0]
 
 
-def from_logits(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
-    ids = torch.randint(shape[-1], shape[:-1], generator=generator)
+def from_logits(shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu") -> Case:
+    generator = torch.Generator(device).manual_seed(0)
+    logits = (3 * torch.randn(shape, generator=generator, device=device)).to(dtype).requires_grad_()
+    ids = torch.randint(shape[-1], shape[:-1], generator=generator, device=device)
     some, some_ids = logits.detach()[:, :SOME], ids[:, :SOME]
 
     def ours(logits: Tensor, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 
 from benchmarks import micro
-from benchmarks.environment import environment, machine
+from benchmarks.environment import environment, machine, place
 from benchmarks.micro.measure import Case, check, measure
 from benchmarks.micro.peak import measure_peak
 
@@ -50,7 +50,10 @@ def run(
     threads = torch.get_num_threads()
     seen: set[str] = set()
     done = 0
-    print(f"{where['device']}, torch {where['versions']['torch']}, on the CPU {where['backend']}", file=stream)
+    places = {kind: place(kind) for kind in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]}
+    print(f"torch {where['versions']['torch']}", file=stream)
+    for each in places.values():
+        print(f"{each['device']}: {each['backend']}", file=stream)
     try:
         for name, module in entries:
             print(f"\n{name}: {module.TITLE}", file=stream, flush=True)
@@ -73,7 +76,7 @@ def run(
                     "quick": quick,
                     "rows": rows,
                     "command": command,
-                    "environment": where,
+                    "environment": where | places[case.device],
                 }
                 if out is not None:
                     _append(out / f"{case.operation}.jsonl", line)

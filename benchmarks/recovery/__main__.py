@@ -57,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", default="out/report", metavar="DIR")
     report.set_defaults(run=_report)
 
+    ptq = commands.add_parser("ptq", help="formats and repairs without RL, on the shipped policies")
+    ptq.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="these rows only; see --list")
+    ptq.add_argument("--list", action="store_true", help="print the names of the rows, and stop")
+    ptq.add_argument("--quick", action="store_true", help="one policy, few problems; writes only with --out")
+    ptq.add_argument("--out", type=Path, metavar="FILE", help="file of JSON lines; what is in it is not measured again")
+    ptq.set_defaults(run=_ptq)
+
     pretrain = commands.add_parser("pretrain", help="make the shipped checkpoints again")
     pretrain.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     pretrain.add_argument("--out", metavar="DIR", help="parent folder; default: where they are shipped")
@@ -155,6 +162,25 @@ def _pretrain(options: argparse.Namespace) -> int:
         folder = Path(options.out) if options.out else CHECKPOINTS
         print("Written:", pretrain(seed, out=folder / f"words-{seed}"))
     return 0
+
+
+def _ptq(options: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks.files import RESULTS
+    from benchmarks.recovery import ptq
+    from benchmarks.recovery.policy import quiet_transformers
+
+    if options.list:
+        print("\n".join(row.name for row in ptq.ROWS))
+        return 0
+    rows = ptq.chosen(options.rows)
+    quiet_transformers()
+    torch.set_num_threads(1)  # sums depend on it
+    path = options.out or (None if options.quick else RESULTS / "ptq.jsonl")
+    settings = ptq.QUICK if options.quick else ptq.Settings()
+    done = ptq.run(path, rows, settings, options.command_line)
+    return int(len(done) < len(rows) * len(settings.policies))
 
 
 def _presets(options: argparse.Namespace) -> int:
