@@ -178,7 +178,7 @@ class FakeQuantLinear(Patched, nn.Linear):
         if not _kept_is_right(record, weight) or torch.compiler.is_compiling():
             return _effective(record, weight)
         kept = _kept(record, weight)
-        return _StraightThrough.apply(weight, kept) if _trained(weight) else kept
+        return StraightThrough.apply(weight, kept) if _trained(weight) else kept
 
     def pin(self, quantized: BlockQuantized | None) -> None:
         """Use these codes in place of Q(W) from now on; None: Q(W) again.
@@ -264,7 +264,7 @@ class FakeQuantLinear(Patched, nn.Linear):
         return weight if weight is not None else self.weight
 
 
-class _StraightThrough(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """A kept Q(W) with the gradient of W."""
 
     @staticmethod

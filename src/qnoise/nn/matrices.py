@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qnoise.formats import QuantSpec
 from qnoise.functional import fake_quantize
 from qnoise.nn import weight_cache
-from qnoise.nn.linear import quantize_tokens
+from qnoise.nn.linear import StraightThrough, quantize_tokens
 from qnoise.nn.patched import Patched, PatchRecord
 
 
@@ -62,8 +62,7 @@ class FakeQuantMatrices(Patched, nn.Module):
         if torch.compiler.is_compiling() or record.storage == "dynamic" or (trained and record.storage == "auto"):
             return quantize_matrices(weight, spec, axis)
         kept = weight_cache.derived(weight, (spec, axis), None, lambda w: quantize_matrices(w, spec, axis))
-        # With the gradient of the weight: kept = weight + (kept - weight), without the rounding of that sum.
-        return _StraightThrough.apply(weight, kept) if trained else kept
+        return StraightThrough.apply(weight, kept) if trained else kept
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         record = self._qnoise
@@ -91,16 +90,6 @@ class FakeQuantMatrices(Patched, nn.Module):
         # The class is made at run time; pickle, deepcopy and spawn make it again from the stock class.
         state = {key: value for key, value in self.__dict__.items() if key != "_qnoise_served"}
         return _rebuild, (self._qnoise.stock_class, tuple(self._qnoise.axes)), state
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, kept: Tensor) -> Tensor:
-        return kept.view_as(kept)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 def quantize_matrices(weight: Tensor, spec: QuantSpec, axis: int) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qnoise.config import PatchConfig
+from qnoise.faults import repeated_layers
 from qnoise.formats import QuantSpec
 from qnoise.functional import fake_quantize
-from qnoise.names import canonical_name
 from qnoise.nn.packed import PackedLinear
 from qnoise.patch import quiet
 from qnoise.sensitivity.batches import batches, call, evaluating, mask_of, tokens
@@ -101,7 +101,7 @@ def scan_activations(
         return hook
 
     handles = [m.register_forward_pre_hook(before(n, m), with_kwargs=True) for n, m in linears.items()]
-    handles += [m.register_forward_hook(after(n)) for n, m in _layers(model)]
+    handles += [m.register_forward_hook(after(n)) for n, m in repeated_layers(model)]
     count = 0
     try:
         with quiet(model), evaluating(model):
@@ -143,13 +143,3 @@ def _output_energies(
         generator = torch.Generator().manual_seed(0) if spec.rounding == "stochastic" else None
         error = fake_quantize(weight, spec, generator=generator).float() - weight.float()
         yield spec, (signal, F.linear(rows, error).square().sum(dtype=torch.float64).item())
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost repeated layers: the entries of lists of modules that are not inside another such list."""
-    taken: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(p) for p in taken):
-            taken.append(path + ".")
-            for key, layer in module.named_children():
-                yield canonical_name(f"{path}.{key}"), layer
