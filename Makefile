@@ -31,7 +31,7 @@ test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
