@@ -38,7 +38,11 @@ PLAIN = [
 ]
 AROUND = [
     *(QuantSpec(fmt, rotation="hadamard") for fmt in FORMATS),
-    *(QuantSpec(fmt, macro_block=128) for fmt, block in FORMATS.items() if not block.per_tensor_scale),
+    *(
+        QuantSpec(fmt, macro_block=128)
+        for fmt, block in FORMATS.items()
+        if not block.per_tensor_scale and block.block_size <= 128
+    ),
     *(QuantSpec(fmt, residual=0.5) for fmt in FORMATS),
     QuantSpec("nvfp4", "mse", "half_away", rotation="hadamard"),
     QuantSpec("nvfp4", "four_over_six", "stochastic", None, 0.3, "hadamard"),

@@ -19,6 +19,7 @@ from benchmarks.micro import tables
 from benchmarks.micro.goals import CUDA_GOALS, CUDA_OPERATIONS, GOALS
 from benchmarks.micro.tables import Line
 from benchmarks.recovery import ptq_table, report
+from benchmarks.recovery.study import page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +43,7 @@ def provenance(result: dict[str, Any], seeds: bool = True) -> str:
 
 
 def formats() -> str:
-    result = read_json(RESULTS / "formats.json")
+    result = _measured_formats()
     default = {row["fmt"]: row for row in result["rows"] if row["scale_mode"] == _default_mode(row["fmt"])}
     best = {
         name: max((row for row in result["rows"] if row["fmt"] == name), key=lambda row: row["sqnr_db"])
@@ -75,6 +76,66 @@ def formats() -> str:
         f"some tenths of a dB ({provenance(result)})."
     )
     return table(header, rows) + "\n\n" + note
+
+
+def errors() -> str:
+    """Every format and scale mode on gaussian values, figure by figure."""
+    result = _measured_formats()
+    shares = {"mean_relative_error": "mean relative error", "deadzone": "deadzone", "clipped": "clipped"}
+    rows = [
+        [f"`{row['fmt']}`", f"`{row['scale_mode']}`", f"{row['sqnr_db']:.2f}"]
+        + [f"{100 * row[name]:.1f} %" for name in shares]
+        for row in result["rows"]
+    ]
+    spread = max(row["sqnr_db_sd"] for row in result["rows"])
+    note = (
+        f"Normal values of deviation {result['sigma']:g} in bf16, rounded to nearest; mean over seeds, standard "
+        f"deviation of the SQNR at most {spread:.2g} dB ({provenance(result)})."
+    )
+    return table(["format", "scale mode", "SQNR dB", *shares.values()], rows) + "\n\n" + note
+
+
+def _measured_formats() -> dict[str, Any]:
+    """The result of benchmarks.formats.
+
+    Raises:
+        ValueError: it lacks a format or a scale mode that exists.
+    """
+    result: dict[str, Any] = read_json(RESULTS / "formats.json")
+    measured = {(row["fmt"], row["scale_mode"]) for row in result["rows"]}
+    for name, fmt in qnoise.FORMATS.items():
+        for mode in fmt.scale_modes:
+            if (name, mode) not in measured:
+                raise ValueError(f"formats.json has no row for {name} with {mode}; run `python -m benchmarks.formats`")
+    return result
+
+
+def agreement() -> str:
+    """What the paths were compared on, bit for bit: vectors of other projects, and the fuzzed compiled path."""
+    producers = {
+        "torchao": "torchao 0.18.0",
+        "mx": "microxcaling",
+        "modelopt": "ModelOpt 0.40",
+        "fouroversix": "fouroversix",
+        "compressed_tensors": "compressed-tensors 0.20.0",
+    }
+    cases = read_json(ROOT / "tests" / "golden" / "manifest.json")["cases"]
+    counts: dict[str, dict[str, int]] = {name: {} for name in producers}
+    for case in cases:
+        of = counts[case["peer"]]
+        of[case["fmt"]] = of.get(case["fmt"], 0) + 1
+    rows = [
+        [label, ", ".join(f"`{fmt}` {counts[name][fmt]}" for fmt in qnoise.FORMATS if fmt in counts[name])]
+        for name, label in producers.items()
+    ]
+    fuzz = read_json(RESULTS / "fuzz.json")
+    note = (
+        f"{len(cases)} arrays in `tests/golden`, compared by `tests/test_golden.py`. The compiled path against the "
+        f"reference: {fuzz['values']:,} values in {fuzz['combinations']} combinations of spec and dtype, "
+        f"{fuzz['differences']} differences (`{fuzz['command']}`; torch {fuzz['environment']['versions']['torch']}; "
+        f"{fuzz['environment']['device']}; commit {fuzz['environment']['commit'][:12]})."
+    )
+    return table(["producer of the stored values", "arrays by format"], rows) + "\n\n" + note
 
 
 def _default_mode(name: str) -> str:
@@ -329,6 +390,11 @@ def repairs() -> str:
     return "\n\n".join([table(*ptq_table.grid(rows)), note, goals])
 
 
+def study(name: str) -> str:
+    """A part of docs/recovery.md."""
+    return "\n\n".join(table(*part) if isinstance(part, tuple) else part for part in page.PARTS[name]())
+
+
 def faults() -> str:
     """Layers found by their injected deadzone."""
     path = RESULTS / "faults.json"
@@ -360,6 +426,8 @@ def faults() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "formats": formats,
+    "errors": errors,
+    "agreement": agreement,
     "demo": demo,
     "repairs": repairs,
     "speed": speed,
@@ -380,6 +448,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "artefacts": artefacts,
     "goals": goals,
     "cuda": on_a_gpu,
+    **{name: partial(study, name) for name in page.PARTS},
 }
 
 
@@ -410,6 +479,9 @@ def results(paths: Sequence[Path], check: bool) -> int:
     """Render the files, or with `check` only compare them. Returns 1 if `check` finds a difference, else 0."""
     differing = []
     for path in paths:
+        if path.name == page.PAGE:
+            stale = page.draw(path.parent / page.FIGURES, check=check)
+            differing += stale if check else []
         text = path.read_text(encoding="utf-8")
         rendered = render(text)
         if rendered == text:

@@ -160,3 +160,22 @@ def test_bad_arguments() -> None:
     scheduler = NoiseScheduler(noisy_model(), STAGED, 10)
     with pytest.raises(ValueError, match="saved with total_steps=10, this scheduler has 20"):
         NoiseScheduler(noisy_model(), STAGED, 20).load_state_dict(scheduler.state_dict())
+
+
+def test_an_entropy_target_moves_sigma_and_survives_a_restart(ids) -> None:
+    rule = schedules.EntropyTarget(0.2, 0.01)
+    model = qnoise.patch_model(tiny_model(), noise="rmsnorm")
+    noise = NoiseScheduler(model, rule, 10)
+    assert noise.step(entropy=5.0) == 0.01  # nothing was sampled under this sigma yet
+    assert noise.step(entropy=0.1) == pytest.approx(0.02)
+    assert noise.step() == pytest.approx(0.02)
+    want = logits(model, ids)
+    state = json.loads(json.dumps(noise.state_dict()))
+    again = qnoise.patch_model(tiny_model(), noise="rmsnorm")
+    other = NoiseScheduler(again, rule, 10)
+    other.load_state_dict(state)
+    assert torch.equal(logits(again, ids), want)
+    assert other.sigma == noise.sigma
+    assert other.step(entropy=0.4) == noise.step(entropy=0.4) == pytest.approx(0.01)
+    with pytest.raises(ValueError, match=r"Constant\(sigma=0.1\) does not use the entropy"):
+        NoiseScheduler(model, schedules.Constant(0.1), 10).step(entropy=0.1)

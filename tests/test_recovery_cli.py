@@ -21,7 +21,7 @@ def log_rows(folder):
     rows = {}
     for path in sorted((folder / "runs").glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        measured = ("seconds", "cpu_seconds", "peak_memory_mb")
+        measured = ("seconds", "cpu_seconds", "prepare_seconds", "peak_memory_mb")
         kept = [line for line in lines if line["event"] in ("step", "evaluation", "result")]
         rows[path.name] = [{key: value for key, value in line.items() if key not in measured} for line in kept]
     return rows
@@ -102,7 +102,7 @@ def test_ctrl_c_leaves_what_was_done_and_resume_gives_the_same_numbers(tmp_path)
             "mxfp4",
             "mxfp4+noise",
         ]
-        command += ["--workers", "2", "--out", str(folder), "--set", "steps=6", *SHORT]
+        command += ["--workers", "2", "--out", str(folder), "--set", "steps=24", *SHORT]
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         return subprocess.Popen(
             [*command, *more], cwd=ROOT, env=environment, start_new_session=True, text=True,

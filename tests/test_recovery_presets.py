@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.recovery.presets import ARMS, DEMO_ARMS, GSM8K, TINY_WORDS, arm, preset
+from benchmarks.recovery.arms import ARMS, DEMO_ARMS, arm
+from benchmarks.recovery.presets import GSM8K, TINY_WORDS, preset
 
 
 def test_the_real_preset_has_the_settings_of_the_report():

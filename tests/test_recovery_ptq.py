@@ -9,7 +9,9 @@ import pytest
 
 from benchmarks.recovery import ptq
 from benchmarks.recovery.__main__ import main
+from benchmarks.recovery.arms import Adapter
 from benchmarks.recovery.data import word_examples
+from benchmarks.recovery.outcomes import pack, unpack
 from benchmarks.recovery.ptq_table import grid, judged, results
 
 COUNT = 400
@@ -24,7 +26,7 @@ def line(name, policy, right, kl=0.01, **more):
         "policy": policy,
         "recipe": row,
         "flexible": sum(right) / COUNT,
-        "outcomes": ptq.pack(right),
+        "outcomes": pack(right),
         "commit": "0" * 40,
         **figures,
     }
@@ -50,8 +52,8 @@ def test_outcomes_survive_the_file():
     random.seed(0)
     for count in (1, 4, 7, 2000):
         right = [random.random() < 0.5 for _ in range(count)]
-        assert ptq.unpack(ptq.pack(right), count) == [int(each) for each in right]
-    assert ptq.pack([True, False, False, False, True]) == "88"
+        assert unpack(pack(right), count) == [int(each) for each in right]
+    assert pack([True, False, False, False, True]) == "88"
 
 
 def test_shares_of_the_loss_and_their_intervals():
@@ -117,7 +119,7 @@ def test_what_is_measured_is_not_what_was_calibrated_on():
     assert bench.problems == word_examples("test", 0, 16)
     drawn = []
     bench._texts = lambda examples, size: drawn.append({e.question for e in examples}) or [{}]
-    bench.calibration, bench.distillation(ptq.Adapter("zero", steps=2, batch=3))
+    bench.calibration, bench.distillation(Adapter("zero", steps=2, batch=3))
     dev = {e.question for e in word_examples("dev", 1000, 4)}
     assert [len(each) for each in drawn] == [4, 6]
     assert not (drawn[0] | drawn[1]) & (dev | {e.question for e in bench.problems})
@@ -132,7 +134,7 @@ def test_a_row_is_measured_with_all_its_bits():
     rank = 3 * 8 * (2 * (64 + 64) + 2 * (32 + 64) + 3 * (64 + 192))
     assert adapted["adapter_bits_per_weight"] == pytest.approx(16 * rank / weights)
     assert 0 < adapted["kl"] < plain["kl"]
-    assert len(ptq.unpack(plain["outcomes"], 16)) == 16
+    assert len(unpack(plain["outcomes"], 16)) == 16
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import pytest
 
 from benchmarks.files import write_bytes
 from benchmarks.recovery.__main__ import main
+from benchmarks.recovery.arms import arm
 from benchmarks.recovery.figure import draw
 from benchmarks.recovery.intervals import paired_difference, wilson
-from benchmarks.recovery.presets import TINY_WORDS, arm
+from benchmarks.recovery.presets import TINY_WORDS
 from benchmarks.recovery.report import sentences, tables, to_html, to_text, write_report
 from benchmarks.recovery.runs import SCHEMA, Run
 from benchmarks.recovery.summary import summarize

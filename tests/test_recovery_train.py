@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import qnoise
+from benchmarks.recovery.arms import arm
 from benchmarks.recovery.batch import Batch
+from benchmarks.recovery.build import build_model
 from benchmarks.recovery.data import word_examples
 from benchmarks.recovery.evaluate import evaluate
-from benchmarks.recovery.policy import build_model, load_policy
-from benchmarks.recovery.presets import TINY_WORDS, arm
+from benchmarks.recovery.policy import load_policy
+from benchmarks.recovery.presets import TINY_WORDS
 from benchmarks.recovery.runs import Run
 from benchmarks.recovery.train import train, update
 
@@ -27,7 +29,7 @@ def run_of(folder, name="mxfp4+noise", seed=0, **fields):
 
 def numbers(run, events=("step", "evaluation", "result")):
     """The log without what a clock, a memory meter or a resumption adds."""
-    measured = ("seconds", "cpu_seconds", "peak_memory_mb")
+    measured = ("seconds", "cpu_seconds", "prepare_seconds", "peak_memory_mb")
     rows = [row for row in run.rows() if row["event"] in events]
     return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
@@ -200,7 +202,7 @@ def test_a_mini_batch_in_pieces_gives_the_gradient_of_the_whole(tmp_path):
     updated = []
     for micro_batch in (3, 64):
         run = run_of(tmp_path, "bf16", micro_batch=micro_batch, mini_batches=1, warmup=1)
-        model, _ = build_model(run)
+        model = build_model(run)[0]
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(4, 100, (7, 20), generator=generator)
         mask = torch.ones(7, 20, dtype=torch.bool)
@@ -210,7 +212,7 @@ def test_a_mini_batch_in_pieces_gives_the_gradient_of_the_whole(tmp_path):
         log_prob = torch.zeros(7, 8)
         batch = Batch(ids, mask, response_mask, log_prob, log_prob.clone(), torch.randn(7, generator=generator))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        update(model, optimizer, batch, run.preset.changed(max_grad_norm=1e9), 0, 0)
+        update(model, optimizer, batch, run.preset.changed(max_grad_norm=1e9), 0, 0, run.arm)
         updated.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
     start = torch.cat([p.detach().flatten() for p in build_model(run)[0].parameters() if p.requires_grad])
     assert (updated[0] - start).abs().max() > 1e-6
@@ -219,7 +221,7 @@ def test_a_mini_batch_in_pieces_gives_the_gradient_of_the_whole(tmp_path):
 
 def test_a_run_begun_anew_keeps_the_log_of_the_one_before(tmp_path):
     run = run_of(tmp_path, "bf16")
-    model, _ = build_model(run)
+    model = build_model(run)[0]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for _ in range(2):
         run.begin(model, optimizer, None, resume=False)

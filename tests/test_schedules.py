@@ -91,3 +91,28 @@ def test_per_epoch_boundaries() -> None:
 def test_bad_arguments_are_named(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_entropy_target_moves_sigma_by_the_ratio_of_entropies() -> None:
+    rule = s.EntropyTarget(target=0.2, sigma_start=0.01, sigma_min=1e-3, sigma_max=0.04, gain=2.0)
+    assert [rule(u) for u in (0.0, 0.5, 1.0)] == [0.01] * 3
+    assert rule.after(0.01, 0.2) == pytest.approx(0.01)
+    assert rule.after(0.01, 0.1) == pytest.approx(0.04)  # (0.2 / 0.1)^2 = 4
+    assert rule.after(0.01, 0.4) == pytest.approx(0.0025)
+    assert rule.after(0.01, 4.0) == 1e-3  # never so low that it cannot rise again
+    assert rule.after(0.01, 0.0) == rule.after(0.01, 1e-300) == 0.04
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"target": 0.0, "sigma_start": 0.01}, "target is 0.0"),
+        ({"target": 0.2, "sigma_start": 0.2}, "sigma_start is 0.2; it must be between sigma_min"),
+        ({"target": 0.2, "sigma_start": 0.01, "gain": -1.0}, "gain is -1.0"),
+    ],
+)
+def test_an_entropy_target_that_makes_no_sense_is_refused(values, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        s.EntropyTarget(**values)
+    with pytest.raises(ValueError, match="entropy is nan"):
+        s.EntropyTarget(0.2, 0.01).after(0.01, float("nan"))

@@ -42,16 +42,23 @@ def row(line: Line, contender: str) -> Line | None:
 
 
 def where(lines: Iterable[Line]) -> str:
-    """Command, versions, machine and commit of the lines, each different set once."""
-    sets: dict[str, None] = {}
+    """Command, versions, machine and commits of the lines; what differs in nothing but `--only` or the commit is said
+    once."""
+    sets: dict[tuple[str, str], tuple[dict[str, None], bool]] = {}
     for line in lines:
         environment = line["environment"]
-        sets[
-            f"`{line['command']}`; torch {environment['versions']['torch']}; {environment['device']}, "
-            f"{environment['cores']} cores; {environment['backend'].partition(' (')[0]}; "
-            f"commit {environment['commit'][:12]}{'+changes' * environment['commit'].endswith('+changes')}"
-        ] = None
-    return "; and ".join(sets)
+        command, only, _ = line["command"].partition(" --only")
+        place = (
+            f"torch {environment['versions']['torch']}; {environment['device']}, "
+            f"{environment['cores']} cores; {environment['backend'].partition(' (')[0]}"
+        )
+        commits, some = sets.get((command, place), ({}, False))
+        commits[f"{environment['commit'][:12]}{'+changes' * environment['commit'].endswith('+changes')}"] = None
+        sets[command, place] = commits, some or bool(only)
+    return "; and ".join(
+        f"`{command}`{', parts of it with `--only`' * some}; {place}; commit {', '.join(commits)}"
+        for (command, place), (commits, some) in sets.items()
+    )
 
 
 def number(value: float) -> str:

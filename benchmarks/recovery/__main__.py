@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.recovery.presets import ARMS, DEMO_ARMS, PRESETS, TINY_WORDS, Preset, arm, preset
+from benchmarks.recovery.arms import ARMS, DEMO_ARMS, arm
+from benchmarks.recovery.policies import POLICIES
+from benchmarks.recovery.presets import PRESETS, TINY_WORDS, Preset, preset
+from benchmarks.recovery.stages import STAGES
 
 if TYPE_CHECKING:
     from benchmarks.recovery.runs import Run
@@ -64,8 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     ptq.add_argument("--out", type=Path, metavar="FILE", help="file of JSON lines; what is in it is not measured again")
     ptq.set_defaults(run=_ptq)
 
+    study = commands.add_parser("study", help="the study: every stage, or those named; what is done is not done again")
+    study.add_argument("--stages", nargs="+", default=list(STAGES), metavar="NAME", help=f"of {', '.join(STAGES)}")
+    study.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="these arms only")
+    study.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="these seeds only")
+    study.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one a core")
+    study.add_argument("--quick", action="store_true", help="a seed, few steps and problems: shows that it runs")
+    study.add_argument("--out", default="out/recovery", metavar="DIR", help="folder of logs and checkpoints")
+    study.set_defaults(run=_study)
+
     pretrain = commands.add_parser("pretrain", help="make the shipped checkpoints again")
-    pretrain.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    pretrain.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(POLICIES)}")
     pretrain.add_argument("--out", metavar="DIR", help="parent folder; default: where they are shipped")
     pretrain.set_defaults(run=_pretrain)
 
@@ -154,14 +166,47 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
+    from benchmarks.recovery.choices import find
     from benchmarks.recovery.policy import quiet_transformers
     from benchmarks.recovery.pretrain import CHECKPOINTS, pretrain
 
     quiet_transformers()
-    for seed in options.seeds:
-        folder = Path(options.out) if options.out else CHECKPOINTS
-        print("Written:", pretrain(seed, out=folder / f"words-{seed}"))
+    for name in options.only or POLICIES:
+        seed, settings = find("policy", name, POLICIES)
+        print("Written:", pretrain(seed, settings, (Path(options.out) if options.out else CHECKPOINTS) / name))
     return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    from benchmarks.files import RESULTS
+    from benchmarks.recovery.choices import find
+    from benchmarks.recovery.study_runs import do, runs_of
+
+    folder = Path(options.out)
+    results = folder / "quick" if options.quick else RESULTS / "recovery"
+    command = options.command_line
+    left = 0
+    for name in options.stages:
+        stage = find("stage", name, STAGES)
+        arms = {each.name: each for each in stage.arms}
+        for wanted in options.arms:
+            find("arm", wanted, arms)
+        runs = [
+            run
+            for run in runs_of(stage, folder / name, quick=options.quick)
+            if (not options.arms or run.arm.name in options.arms) and (not options.seeds or run.seed in options.seeds)
+        ]
+        for run in runs:
+            _check_inputs(run)
+        print(f"stage {name}: {len(runs)} runs", flush=True)
+        outcome = do(stage, runs, results / f"{name}.jsonl", workers=options.workers or _cores(), command=command)
+        for failed, fault in outcome.failed.items():
+            print(f"\nfailed: {failed}\n{fault}", file=sys.stderr)
+        left += len(outcome.failed)
+        if outcome.interrupted:
+            print(f"\nStopped; what is done is kept. To continue: {command}")
+            return 130
+    return int(left > 0)
 
 
 def _ptq(options: argparse.Namespace) -> int:

@@ -13,10 +13,14 @@ from benchmarks.files import read_jsonl
 from benchmarks.recovery.policy import check_hub
 from benchmarks.recovery.presets import Preset
 from benchmarks.recovery.problems import problems
+from benchmarks.recovery.walks import walks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+GENERATED = {"words": problems, "walks": walks}
+"""Task -> its problems: (stream, seed) -> an endless iterator."""
 
 _WANTED = 'a folder with train.jsonl and test.jsonl, or one JSONL file, of lines {"question": ..., "answer": ...}'
 
@@ -29,9 +33,14 @@ class Example:
     answer: str
 
 
+def generated(task: str, stream: str, seed: int, count: int) -> list[Example]:
+    """The first `count` problems of a generated task's stream and seed."""
+    return [Example(p.question, p.solution()) for p in itertools.islice(GENERATED[task](stream, seed), count)]
+
+
 def word_examples(stream: str, seed: int, count: int) -> list[Example]:
     """The first `count` word problems of a stream and seed."""
-    return [Example(p.question, p.solution()) for p in itertools.islice(problems(stream, seed), count)]
+    return generated("words", stream, seed, count)
 
 
 def load_examples(preset: Preset, seed: int) -> tuple[list[Example], list[Example]]:
@@ -45,8 +54,9 @@ def load_examples(preset: Preset, seed: int) -> tuple[list[Example], list[Exampl
         ValueError: a JSONL file is damaged or lacks the fields; file and line are named.
     """
     needed = preset.steps * preset.generation_rounds * preset.prompts_per_step
-    if preset.task == "words":
-        return word_examples("rl", seed, needed), word_examples(preset.split, 0, preset.eval_problems)
+    if preset.task in GENERATED:
+        training = generated(preset.task, "rl", seed, needed)
+        return training, generated(preset.task, preset.split, 0, preset.eval_problems)
     train, test = _gsm8k(preset)
     dev = [example for example in train if _tenth(example) == 0]
     train = [example for example in train if _tenth(example) != 0] if preset.split == "dev" else train
@@ -63,7 +73,7 @@ def load_examples(preset: Preset, seed: int) -> tuple[list[Example], list[Exampl
 def check_data(preset: Preset) -> None:
     """Raises FileNotFoundError if the preset's data set is neither on this machine nor within reach."""
     path = Path(preset.data)
-    if preset.task == "words" or path.is_dir() or path.is_file():
+    if preset.task in GENERATED or path.is_dir() or path.is_file():
         return
     if path.suffix == ".jsonl":
         raise FileNotFoundError(f"--data {path}: there is no such file")

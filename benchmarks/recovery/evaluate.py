@@ -1,4 +1,4 @@
-"""Greedy accuracy under whatever quantization the model has; noise is off."""
+"""Accuracy, greedy or of samples, under whatever quantization the model has; noise is off."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def evaluate(
     max_new_tokens: int,
     instruction: str = "",
     batch_size: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Evaluation:
-    """Answer every example once, greedily, in the "evaluation" phase: quantization on, noise off."""
+    """Answer every example once, in the "evaluation" phase: quantization on, noise off. Temperature 0 is greedy."""
     prompts = [prompt_ids(tokenizer, example, instruction) for example in examples]
     with qnoise.phase(model, "evaluation"):
         rollout = generate_groups(
@@ -50,7 +52,8 @@ def evaluate(
             prompts,
             1,
             max_new_tokens=max_new_tokens,
-            temperature=0.0,
+            temperature=temperature,
+            seed=seed,
             batch_size=batch_size,
         )
     answers = [example.answer for example in examples]

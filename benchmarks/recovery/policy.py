@@ -1,4 +1,4 @@
-"""The policy of a run: loaded from a folder or the hub, or it is said at once what is missing; patched, with a LoRA."""
+"""Policies: loaded from a folder or the hub, or it is said at once what is missing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import qnoise
-
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from benchmarks.recovery.runs import Run
 
 HERE = Path(__file__).parent
 HUB_TIMEOUT_S = 5.0
@@ -52,26 +47,6 @@ def load_policy(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
-
-
-def build_model(run: Run) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The policy of the run: base, patched for the arm, with a fresh LoRA on every linear."""
-    from peft import LoraConfig, get_peft_model
-
-    preset, arm = run.preset, run.arm
-    base, tokenizer = load_policy(run.model_path, getattr(torch, preset.dtype))
-    base.to("cuda" if torch.cuda.is_available() else "cpu")
-    if arm.fmt is not None or arm.noise_during:
-        noise = qnoise.NoiseConfig(target="rmsnorm", during=arm.noise_during) if arm.noise_during else None
-        qnoise.patch_model(base, fmt=arm.fmt, noise=noise)
-    torch.manual_seed(run.seed)
-    lora = LoraConfig(r=preset.lora_rank, lora_alpha=preset.lora_alpha, target_modules="all-linear", bias="none")
-    model = get_peft_model(base, lora)
-    if preset.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()  # nothing is dropped out; transformers checkpoints gradients in this mode only
     return model, tokenizer
 
 

@@ -1,13 +1,12 @@
-"""The settings of a run, as values: presets (task, model, recipe) and arms (what is done to the base)."""
+"""Presets: task, model and recipe of a run, as values."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qnoise.spelling import nearest
+from benchmarks.recovery.choices import find, hint, refuse
 
 
 @dataclass(frozen=True)
@@ -15,18 +14,20 @@ class Preset:
     """Task, model and recipe of a run. The defaults are the report's: DAPO with LoRA, noise in ten stages."""
 
     name: str
-    task: str  # "words" (generated) or "gsm8k" (a data set)
+    task: str  # "words" or "walks" (generated), or "gsm8k" (a data set)
     model: str  # folder or hub name; "{checkpoint}" stands for seed modulo `checkpoints`
     checkpoints: int = 1
     data: str = ""  # folder with train.jsonl and test.jsonl, one JSONL file, or a hub name
     split: str = "test"  # stream that accuracy is measured on: "test", or "dev" while choosing settings
     eval_problems: int = 1000
+    initial_problems: int = 0  # evaluated before RL; 0: as many as after it
+    sampled_evaluation: bool = False  # also one sample a problem at temperature 1
     instruction: str = ""  # appended to every question
 
     steps: int = 29
     prompts_per_step: int = 128
     num_generations: int = 8
-    generation_rounds: int = 1  # rounds of prompts_per_step prompts, until enough groups are informative
+    generation_rounds: int = 1  # turns of sampling, each of as many prompts as informative groups are lacking
     max_new_tokens: int = 1024
     temperature: float = 1.0
     reward: str = "strict"  # "strict" asks for `#### N`, "flexible" for the last number
@@ -50,6 +51,8 @@ class Preset:
     sigma_start: float = 0.01
     sigma_end: float = 0.0001
     noise_stages: int = 10
+    entropy_target: float = 0.2  # of the arms whose sigma follows the entropy, nats per token
+    sigma_max: float = 0.1
 
     dtype: str = "float32"  # of the frozen base
     gradient_checkpointing: bool = False
@@ -58,11 +61,7 @@ class Preset:
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"preset {self.name!r}: {name} is {getattr(self, name)!r}; it must be one of "
-                    f"{', '.join(allowed)}{_nearest(str(getattr(self, name)), allowed)}"
-                )
+            refuse(f"preset {self.name!r}", name, getattr(self, name), allowed)
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"preset {self.name!r}: {name} is {getattr(self, name)!r}; it must be at least 1")
@@ -81,14 +80,14 @@ class Preset:
         for name, value in fields.items():
             if name not in known:
                 raise ValueError(
-                    f"a preset has no field {name!r}{_nearest(name, known)}; the fields are {', '.join(known)}"
+                    f"a preset has no field {name!r}{hint(name, known)}; the fields are {', '.join(known)}"
                 )
             fields[name] = _convert(name, value, known[name])
         return dataclasses.replace(self, **fields)
 
 
 _CHOICES = {
-    "task": ("words", "gsm8k"),
+    "task": ("words", "walks", "gsm8k"),
     "split": ("test", "dev"),
     "reward": ("strict", "flexible"),
     "lr_decay": ("constant", "linear"),
@@ -133,60 +132,8 @@ GSM8K = Preset(
 PRESETS = {preset.name: preset for preset in (TINY_WORDS, GSM8K)}
 
 
-@dataclass(frozen=True)
-class Arm:
-    """What is done to the base while it is trained and evaluated.
-
-    `noise_during` names the phases in which norm noise acts: ("rollout",) is QeRL's behaviour and the report's,
-    ("rollout", "training") shares the noise with the trained policy, () is none.
-    `sampling_stream` tells apart runs that differ in chance alone.
-    """
-
-    name: str
-    label: str
-    fmt: str | None
-    noise_during: tuple[str, ...] = ()
-    sampling_stream: int = 0
-    note: str = ""
-
-
-_ARMS = (
-    Arm("bf16", "BF16 + LoRA", None, note="full precision: bf16 weights; on a CPU the arithmetic is fp32"),
-    Arm("mxfp4", "MXFP4 + LoRA", "mxfp4", note="frozen base in MXFP4"),
-    Arm("mxfp4-aa", "MXFP4 + LoRA (A/A)", "mxfp4", (), 1, note="MXFP4 with other random samples: the size of chance"),
-    Arm("mxfp4+noise", "MXFP4 + LoRA + noise", "mxfp4", ("rollout",), note="norm noise in the rollout only (AQN)"),
-    Arm(
-        "mxfp4+shared-noise",
-        "MXFP4 + LoRA + shared noise",
-        "mxfp4",
-        ("rollout", "training"),
-        note="the same norm noise in rollout and training",
-    ),
-    Arm("nvfp4", "NVFP4 + LoRA", "nvfp4", note="frozen base in NVFP4"),
-    Arm("nvfp4-aa", "NVFP4 + LoRA (A/A)", "nvfp4", (), 1, note="NVFP4 with other random samples"),
-    Arm("nvfp4+noise", "NVFP4 + LoRA + noise", "nvfp4", ("rollout",), note="norm noise in the rollout only (AQN)"),
-)
-ARMS = {arm.name: arm for arm in _ARMS}
-DEMO_ARMS = ("bf16", "mxfp4", "mxfp4-aa", "mxfp4+noise")
-
-
 def preset(name: str) -> Preset:
-    return _find("preset", name, PRESETS)
-
-
-def arm(name: str) -> Arm:
-    return _find("arm", name, ARMS)
-
-
-def _find(what: str, name: str, table: dict[str, Any]) -> Any:
-    if name not in table:
-        raise ValueError(f"no {what} {name!r}{_nearest(name, table)}; there are {', '.join(table)}")
-    return table[name]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = nearest(name, known)
-    return f", did you mean {near!r}?" if near else ""
+    return find("preset", name, PRESETS)
 
 
 def _convert(name: str, value: Any, kind: type) -> Any:

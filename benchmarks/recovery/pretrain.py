@@ -23,7 +23,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,11 @@ import torch.nn.functional as F
 
 import qnoise
 from benchmarks.files import write_text
-from benchmarks.recovery.data import word_examples
+from benchmarks.recovery.data import GENERATED, generated
 from benchmarks.recovery.evaluate import evaluate
+from benchmarks.recovery.policies import WORDS, Pretraining
 from benchmarks.recovery.policy import HERE, load_policy
-from benchmarks.recovery.problems import problems
+from benchmarks.recovery.problems import Problem
 from benchmarks.recovery.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -44,27 +45,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = HERE / "checkpoints"
 
 
-@dataclass(frozen=True)
-class Pretraining:
-    """Size of the policy and how it is trained."""
-
-    hidden_size: int = 64
-    intermediate_size: int = 192
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    steps: int = 1000
-    batch: int = 64
-    lr: float = 4e-3
-    warmup: int = 50
-    strict_share: float = 0.15
-    outlier_channels: tuple[int, ...] = (11, 43)  # one in each block of 32
-    outlier_factor: int = 8
-    log_every: int = 100
-    eval_problems: int = 500
-
-
-def pretrain(seed: int, settings: Pretraining = Pretraining(), out: Path | None = None) -> Path:
+def pretrain(seed: int, settings: Pretraining = WORDS, out: Path | None = None) -> Path:
     """Train one policy on one thread and store it; returns its folder.
 
     The folder holds config, tokenizer, model.safetensors and pretraining.jsonl: settings, one line every
@@ -74,12 +55,12 @@ def pretrain(seed: int, settings: Pretraining = Pretraining(), out: Path | None 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     out = out or CHECKPOINTS / f"words-{seed}"
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(settings.task)
     model = _new_model(tokenizer, settings)
     log: list[dict[str, Any]] = [
         {"event": "settings", "seed": seed, "parameters": model.num_parameters(), **asdict(settings)}
     ]
-    dev = word_examples("dev", seed=0, count=settings.eval_problems)
+    dev = generated(settings.task, "dev", seed=0, count=settings.eval_problems)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
     started = time.process_time()
     for step, (ids, labels) in enumerate(itertools.islice(_batches(tokenizer, seed, settings), settings.steps)):
@@ -111,7 +92,7 @@ def pretrain(seed: int, settings: Pretraining = Pretraining(), out: Path | None 
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    for row in quantized_accuracy(part, count=4 * settings.eval_problems):
+    for row in quantized_accuracy(part, 4 * settings.eval_problems, settings.task):
         log.append({"event": "quantized", **row})
         print(log[-1], flush=True)
     write_text(part / "pretraining.jsonl", "".join(json.dumps(row) + "\n" for row in log))
@@ -120,10 +101,10 @@ def pretrain(seed: int, settings: Pretraining = Pretraining(), out: Path | None 
     return out
 
 
-def quantized_accuracy(path: Path, count: int) -> list[dict[str, Any]]:
+def quantized_accuracy(path: Path, count: int, task: str = "words") -> list[dict[str, Any]]:
     """Greedy accuracy of a stored policy, before any RL, in full precision and through each 4-bit format."""
     rows = []
-    examples = word_examples("dev", seed=1, count=count)
+    examples = generated(task, "dev", seed=1, count=count)
     for fmt in (None, "mxfp4", "nvfp4"):
         model, tokenizer = load_policy(str(path), torch.float32)
         if fmt is not None:
@@ -180,12 +161,13 @@ def _batches(
     tokenizer: PreTrainedTokenizerBase, seed: int, settings: Pretraining
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Fresh problems for ever: (ids, labels), right-padded, labels only on the solution."""
-    source = problems("pretrain", seed)
+    source = GENERATED[settings.task]("pretrain", seed)
     rng = random.Random(f"ending {seed}")
+    care = random.Random(f"mistakes {seed}")
     while True:
         pairs = []
         for problem in itertools.islice(source, settings.batch):
-            solution = problem.solution(strict=rng.random() < settings.strict_share)
+            solution = _demonstration(problem, care, settings).solution(strict=rng.random() < settings.strict_share)
             question = tokenizer(problem.question)["input_ids"]
             answer = tokenizer(solution, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
             pairs.append((question, answer))
@@ -197,6 +179,16 @@ def _batches(
             ids[row, :end] = torch.tensor(question + answer)
             labels[row, len(question) : end] = torch.tensor(answer)
         yield ids, labels
+
+
+def _demonstration(problem: Problem, rng: random.Random, settings: Pretraining) -> Problem:
+    """The problem as it is taught: with mistakes, and sometimes with a step written twice."""
+    if settings.mistakes:
+        problem = problem.careless(rng, settings.mistakes)
+    if settings.repeats and rng.random() < settings.repeats:
+        twice = rng.randrange(len(problem.equations))
+        problem = replace(problem, equations=problem.equations[: twice + 1] + problem.equations[twice:])
+    return problem
 
 
 def _lr_factor(step: int, settings: Pretraining) -> float:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+from benchmarks.recovery.careless import careless_equations
 from qnoise.spelling import nearest
 
 STREAMS = {"pretrain": range(0, 5), "rl": range(5, 7), "dev": range(7, 8), "test": range(8, 10)}
@@ -110,6 +111,11 @@ class Problem:
         ending = STRICT_ENDING if strict else LOOSE_ENDING
         return "; ".join(self.equations) + "; " + ending.format(answer=self.answer)
 
+    def careless(self, rng: random.Random, mistakes: float) -> Problem:
+        """The problem as somebody solves it who forgets each carry and borrow with probability `mistakes`."""
+        equations = careless_equations(self.equations, rng, mistakes)
+        return replace(self, equations=equations, answer=int(equations[-1].split()[-1]))
+
     @property
     def stream(self) -> str:
         digest = hashlib.blake2b("; ".join(self.equations).encode(), digest_size=8).digest()
@@ -123,17 +129,23 @@ def problems(stream: str, seed: int) -> Iterator[Problem]:
     Raises:
         ValueError: the stream does not exist.
     """
+    check_stream(stream)
+    return distinct(_write, stream, random.Random(f"{stream} {seed}"))
+
+
+def check_stream(stream: str) -> None:
+    """Raises ValueError if there is no such stream."""
     if stream not in STREAMS:
         near = nearest(stream, STREAMS)
         hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"no stream {stream!r}: there are {', '.join(STREAMS)}{hint}")
-    return _problems(stream, random.Random(f"{stream} {seed}"))
 
 
-def _problems(stream: str, rng: random.Random) -> Iterator[Problem]:
+def distinct(write: Callable[[random.Random], Problem], stream: str, rng: random.Random) -> Iterator[Problem]:
+    """What `write` writes and belongs to the stream, each question once."""
     seen: set[str] = set()
     while True:
-        problem = _write(rng)
+        problem = write(rng)
         if problem.stream == stream and problem.question not in seen:
             seen.add(problem.question)
             yield problem

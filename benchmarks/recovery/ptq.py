@@ -24,16 +24,16 @@ import torch
 
 from benchmarks.environment import environment, git_commit
 from benchmarks.files import read_jsonl
-from benchmarks.recovery.data import Example, prompt_ids, word_examples
+from benchmarks.recovery.arms import Adapter
+from benchmarks.recovery.data import Example, word_examples
 from benchmarks.recovery.evaluate import evaluate
+from benchmarks.recovery.outcomes import pack
 from benchmarks.recovery.policy import load_policy, model_path, weights_hash
+from benchmarks.recovery.prepare import with_adapter, written
 from qnoise import FakeQuantLinear, QuantSpec
 from qnoise.repairs.cost import stored_bits, weight_error
-from qnoise.repairs.distill import distill
 from qnoise.repairs.divergence import Reference, divergence, keep
 from qnoise.repairs.recipe import Recipe
-from qnoise.repairs.residual_adapter import init_lora_from_residual
-from qnoise.repairs.text import self_generated
 from qnoise.spelling import nearest
 
 if TYPE_CHECKING:
@@ -55,23 +55,6 @@ class Settings:
 
 
 QUICK = Settings(policies=(0,), problems=64, kl_texts=16, calibration_texts=16)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """The LoRA of a row, and its distillation on texts of the stream "rl", others than those for calibration.
-
-    start: "zero" (as PEFT has it), or a method of `init_lora_from_residual`; "weighted" is "residual" with the error
-    weighted by the activations. `turns` are its iterations, weighted by the activations where there are several.
-    """
-
-    start: str
-    steps: int = 0
-    rank: int = 8
-    alpha: int = 16
-    lr: float = 3e-3  # of AdamW, falling linearly to zero
-    batch: int = 48
-    turns: int = 1
 
 
 @dataclass(frozen=True)
@@ -206,9 +189,8 @@ class Bench:
 
     def _texts(self, examples: Sequence[Example], batch_size: int) -> list[dict[str, Tensor]]:
         model, tokenizer = self._load()
-        prompts = [prompt_ids(tokenizer, example) for example in examples]
-        return self_generated(
-            model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size, seed=self.policy
+        return written(
+            model, tokenizer, examples, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size, seed=self.policy
         )
 
     @cached_property
@@ -266,35 +248,8 @@ class Bench:
         Recipe(QuantSpec(**row.spec), row.steps).apply(model, self.calibration)
         if row.adapter is None:
             return model
-        from peft import LoraConfig, get_peft_model
-
         adapter = row.adapter
-        lora = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules="all-linear", bias="none")
-        model = get_peft_model(model, lora)
-        if adapter.start == "weighted":
-            init_lora_from_residual(model, self.calibration)
-        elif adapter.start != "zero":
-            inputs = self.calibration if adapter.turns > 1 else None
-            init_lora_from_residual(model, inputs, method=adapter.start, iterations=adapter.turns)
-        if adapter.steps:
-            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.AdamW(trainable, lr=adapter.lr, weight_decay=0.0)
-            decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, adapter.steps)
-            texts = self.distillation(adapter)
-            distill(model, texts, optimizer, steps=adapter.steps, scheduler=decay, teacher="base")
-        return model
-
-
-def pack(outcomes: Sequence[bool]) -> str:
-    """Outcomes as hexadecimal digits, four problems each, the first in the highest bit; filled up with zeros."""
-    bits = "".join("1" if right else "0" for right in outcomes)
-    bits += "0" * (-len(bits) % 4)
-    return "".join(f"{int(bits[i : i + 4], 2):x}" for i in range(0, len(bits), 4))
-
-
-def unpack(digits: str, count: int) -> list[int]:
-    """The outcomes that `pack` wrote, as 0 and 1."""
-    return [int(bit) for digit in digits for bit in f"{int(digit, 16):04b}"][:count]
+        return with_adapter(model, adapter, lambda: self.calibration, lambda: self.distillation(adapter))
 
 
 def _settings_line(settings: Settings, command: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.recovery.ptq import BASELINE, REFERENCE, ROWS, unpack
+from benchmarks.recovery.outcomes import unpack
+from benchmarks.recovery.ptq import BASELINE, REFERENCE, ROWS
 
 Line = dict[str, Any]
 

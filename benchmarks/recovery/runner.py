@@ -11,7 +11,7 @@ import os
 import queue
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -29,8 +29,12 @@ class Outcome:
     interrupted: bool = False
 
 
-def run_all(runs: Sequence[Run], *, workers: int, resume: bool) -> Outcome:
+def run_all(
+    runs: Sequence[Run], *, workers: int, resume: bool, on_done: Callable[[Run], None] = lambda run: None
+) -> Outcome:
     """Do the runs, `workers` at a time, with a progress bar over all their steps.
+
+    `on_done` is called in this process as runs end, in whatever order they do, and for those that had ended before.
 
     With `resume`, finished runs are kept and unfinished ones continue from their last checkpoint.
 
@@ -40,10 +44,12 @@ def run_all(runs: Sequence[Run], *, workers: int, resume: bool) -> Outcome:
     from tqdm import tqdm
 
     outcome = Outcome()
+    named = {run.name: run for run in runs}
     todo = []
     for run in runs:
         if resume and run.finished():
             outcome.done.append(run.name)
+            on_done(run)
         else:
             todo.append(run)
     steps = {run.name: run.preset.steps if run.name in outcome.done else 0 for run in runs}
@@ -81,6 +87,7 @@ def run_all(runs: Sequence[Run], *, workers: int, resume: bool) -> Outcome:
                 elif kind == "done":
                     busy.pop(pid, None)
                     outcome.done.append(name)
+                    on_done(named[name])
                 else:
                     busy.pop(pid, None)
                     outcome.failed[name] = value

@@ -20,8 +20,9 @@ from torch import nn
 
 from benchmarks.environment import code_hash, device, git_commit, versions
 from benchmarks.files import read_jsonl, write_bytes
+from benchmarks.recovery.arms import Arm
 from benchmarks.recovery.policy import model_path, weights_hash
-from benchmarks.recovery.presets import Arm, Preset
+from benchmarks.recovery.presets import Preset
 
 if TYPE_CHECKING:
     from benchmarks.recovery.evaluate import Evaluation
@@ -38,6 +39,9 @@ class Run:
     arm: Arm
     seed: int
     folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "preset", self.preset.changed(**self.arm.preset))
 
     @property
     def name(self) -> str:
@@ -113,10 +117,10 @@ class Run:
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         self._append({"event": "step", "step": step, **metrics})
 
-    def log_evaluation(self, step: int, result: Evaluation) -> None:
+    def log_evaluation(self, step: int, result: Evaluation, *, sampled: bool = False) -> None:
         """Accuracies, and the outcome of every problem as a string of 0 and 1, for paired comparisons."""
         row = {
-            "event": "evaluation",
+            "event": "sampled evaluation" if sampled else "evaluation",
             "step": step,
             "strict": result.strict_accuracy,
             "flexible": result.flexible_accuracy,

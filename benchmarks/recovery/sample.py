@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import qnoise
+from benchmarks.recovery.arms import Arm
 from benchmarks.recovery.batch import Batch
 from benchmarks.recovery.data import Example, prompt_ids
-from benchmarks.recovery.presets import Arm, Preset
+from benchmarks.recovery.presets import Preset
 from qnoise import rl
 
 if TYPE_CHECKING:
@@ -26,9 +29,11 @@ def sample(
     arm: Arm,
     seed: int,
     step: int,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Batch | None, dict[str, float]]:
     """Generate groups until `prompts_per_step` of them are informative, or the rounds are used up.
 
+    Each round samples as many prompts as informative groups are lacking, inside the context that `around` makes.
     Sampling depends on (seed, sampling stream, step, round) alone, prompts on (seed, step, round): two arms of a seed
     see the same prompts, and a resumed run continues as if it had never stopped.
     """
@@ -36,8 +41,8 @@ def sample(
     kept_groups = 0
     for turn in range(preset.generation_rounds):
         first = (step * preset.generation_rounds + turn) * preset.prompts_per_step
-        chosen = training[first : first + preset.prompts_per_step]
-        with qnoise.phase(model, "rollout"):
+        chosen = training[first : first + preset.prompts_per_step - kept_groups]
+        with qnoise.phase(model, "rollout"), around():
             rollout = rl.generate_groups(
                 model,
                 tokenizer,
@@ -57,8 +62,7 @@ def sample(
         reward = right[preset.reward] + punishment
         advantages = rl.group_advantages(reward, preset.num_generations)
         keep = rl.informative_groups(right[preset.reward], preset.num_generations)
-        room = (preset.prompts_per_step - kept_groups) * preset.num_generations
-        index = keep.nonzero().flatten()[:room]
+        index = keep.nonzero().flatten()
         kept_groups += len(index) // preset.num_generations
         parts.append(Batch.of(rollout, advantages).rows(index.to(rollout.response_ids.device)))
         seen.append(

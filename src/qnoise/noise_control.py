@@ -10,6 +10,7 @@ from torch import nn
 from qnoise.names import layer_index, matches
 from qnoise.noise import Noise
 from qnoise.patch import patched_modules
+from qnoise.schedules import EntropyTarget
 
 Multiplier = float | Callable[[float], float]
 
@@ -64,9 +65,27 @@ class NoiseScheduler:
         """The sigma of the last step, before multipliers; 0 before the first."""
         return self._sigma
 
-    def step(self) -> float:
-        """Begin the next generation: new sigma, new noise. Returns sigma."""
-        self._set(self.steps_taken)
+    def step(self, entropy: float | None = None) -> float:
+        """Begin the next generation: new sigma, new noise. Returns sigma.
+
+        Args:
+            entropy: of the policy in the last generation, nats per token; only for `schedules.EntropyTarget`, which
+                moves sigma by it. None leaves its sigma as it is.
+
+        Raises:
+            ValueError: an entropy for a schedule that does not use it.
+        """
+        sigma: float | None = None
+        if isinstance(self.schedule, EntropyTarget):
+            if self.steps_taken and entropy is not None:
+                sigma = self.schedule.after(self._sigma, entropy)
+            elif self.steps_taken:
+                sigma = self._sigma
+        elif entropy is not None:
+            raise ValueError(
+                f"{self.schedule!r} does not use the entropy; step(entropy=) is for schedules.EntropyTarget"
+            )
+        self._set(self.steps_taken, sigma)
         self.steps_taken += 1
         return self._sigma
 
@@ -77,6 +96,7 @@ class NoiseScheduler:
             "total_steps": self.total_steps,
             "seed": self.seed,
             "schedule": repr(self.schedule),
+            "sigma": self._sigma,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -94,7 +114,9 @@ class NoiseScheduler:
         self.seed = int(state["seed"])
         self.steps_taken = int(state["steps_taken"])
         if self.steps_taken:
-            self._set(self.steps_taken - 1)
+            # What feedback made of sigma is no function of the step. States written without it had no feedback.
+            sigma = state.get("sigma") if isinstance(self.schedule, EntropyTarget) else None
+            self._set(self.steps_taken - 1, sigma)
         else:
             self._sigma = 0.0
             for module in self._noisy():
@@ -104,9 +126,9 @@ class NoiseScheduler:
         # Looked up each time: PEFT may have copied or wrapped modules since.
         return [module for module in patched_modules(self.model) if module._qnoise.noise_during]
 
-    def _set(self, step: int) -> None:
+    def _set(self, step: int, sigma: float | None = None) -> None:
         progress = min(1.0, step / self.total_steps)
-        self._sigma = float(self.schedule(progress))
+        self._sigma = float(self.schedule(progress)) if sigma is None else sigma
         for module in self._noisy():
             factor: Multiplier = 1.0
             for key, value in self.multipliers.items():

@@ -171,6 +171,62 @@ class PerEpoch(_Decay):
         return _geometric(self.sigma_start, self.sigma_end, (epoch + within) / self.num_epochs)
 
 
+@dataclass(frozen=True)
+class EntropyTarget:
+    """Feedback in place of a plan: more noise while the entropy of the sampled policy is below `target`, else less.
+
+    sigma_(k+1) = sigma_k (target / entropy_k)^gain, within [sigma_min, sigma_max]; it starts at `sigma_start`. The rule
+    is ours: QeRL plans sigma and reports that entropy rises with it. Drive it by `NoiseScheduler.step(entropy=...)`;
+    called as a schedule it gives the sigma to start from.
+
+    Args:
+        target: mean entropy per sampled token, nats, > 0.
+        sigma_start, sigma_min, sigma_max: 0 < sigma_min <= sigma_start <= sigma_max. `sigma_min` is not 0, because
+            nothing could raise it again.
+        gain: > 0; how strongly a ratio of entropies moves sigma.
+    """
+
+    target: float
+    sigma_start: float
+    sigma_min: float = 1e-5
+    sigma_max: float = 0.1
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_sigma(
+            self,
+            positive=True,
+            target=self.target,
+            sigma_start=self.sigma_start,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            gain=self.gain,
+        )
+        if not self.sigma_min <= self.sigma_start <= self.sigma_max:
+            raise ValueError(
+                f"EntropyTarget: sigma_start is {self.sigma_start!r}; it must be between sigma_min "
+                f"({self.sigma_min!r}) and sigma_max ({self.sigma_max!r})"
+            )
+
+    def __call__(self, progress: float) -> float:
+        _check_progress(progress)
+        return self.sigma_start
+
+    def after(self, sigma: float, entropy: float) -> float:
+        """The sigma that follows `sigma`, under which `entropy` was measured.
+
+        Raises:
+            ValueError: an entropy that is negative or no number.
+        """
+        if not (math.isfinite(entropy) and entropy >= 0):
+            raise ValueError(f"entropy is {entropy!r}; it must be a number >= 0 (nats per token)")
+        if entropy == 0:
+            return self.sigma_max
+        # In logarithms: a tiny entropy must not overflow.
+        moved = math.log(sigma) + self.gain * (math.log(self.target) - math.log(entropy))
+        return min(max(math.exp(min(moved, math.log(self.sigma_max))), self.sigma_min), self.sigma_max)
+
+
 def _geometric(start: float, end: float, u: float) -> float:
     # The ends are returned as given: start * (end / start) ** 1.0 may miss `end` by an ulp.
     return end if u == 1.0 else start * (end / start) ** u

@@ -1,0 +1,159 @@
+"""The study: its stages, each a preset with arms and seeds that stands alone.
+
+Settings were chosen on the stream "dev" and on seeds from 100 (stage "tuning"); what is reported was measured on the
+stream "test" and seeds from 0, which no choice has seen. Seed s uses checkpoint s modulo their number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.recovery.arms import Adapter, Arm
+from benchmarks.recovery.choices import find
+from benchmarks.recovery.presets import Preset
+
+WORDS = Preset(
+    name="study-words",
+    task="words",
+    model="checkpoints/study-words-{checkpoint}",
+    checkpoints=3,
+    eval_problems=6000,
+    initial_problems=1500,
+    sampled_evaluation=True,
+    steps=24,
+    prompts_per_step=32,
+    generation_rounds=3,
+    max_new_tokens=40,
+    overlong_buffer=8,
+    reward="flexible",
+    mini_batches=4,
+    micro_batch=64,
+    generation_batch=500,
+    lora_rank=8,
+    lora_alpha=16,
+    lr=1e-3,
+    lr_decay="linear",
+    warmup=2,
+    save_every=4,
+)
+WALKS = dataclasses.replace(
+    WORDS,
+    name="study-walks",
+    task="walks",
+    model="checkpoints/study-walks-{checkpoint}",
+    max_new_tokens=30,
+    overlong_buffer=6,
+)
+LARGE = dataclasses.replace(WORDS, name="study-large", model="checkpoints/study-large-{checkpoint}", checkpoints=1)
+QUICK = {"steps": 2, "prompts_per_step": 4, "generation_rounds": 1, "eval_problems": 32, "initial_problems": 16}
+"""What `--quick` makes of a preset: it shows that everything runs, and measures nothing."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Runs that are reported together; `lender` names the stage whose runs serve as their baselines."""
+
+    name: str
+    preset: Preset
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    lender: str = ""
+
+
+_AQN: dict[str, Any] = {"noise_during": ("rollout",)}
+# NVFP4 has an fp32 number a tensor beside its 4.5 bits; the results say what that makes.
+MXFP4_RECIPE = Arm(
+    "mxfp4+recipe",
+    "MXFP4 + LoRA, recipe",
+    "mxfp4",
+    spec={"scale_mode": "mse"},
+    repairs=("gptq",),
+    adapter=Adapter(steps=20),
+)
+NVFP4_RECIPE = Arm(
+    "nvfp4+recipe",
+    "NVFP4 + LoRA, recipe",
+    "nvfp4",
+    spec={"scale_mode": "mse"},
+    repairs=("gptq",),
+    adapter=Adapter(steps=20),
+)
+
+
+def _both(suffix: str, label: str, **fields: Any) -> tuple[Arm, Arm]:
+    return (
+        Arm(f"mxfp4{suffix}", f"MXFP4 + LoRA{label}", "mxfp4", **fields),
+        Arm(f"nvfp4{suffix}", f"NVFP4 + LoRA{label}", "nvfp4", **fields),
+    )
+
+
+CORE = (
+    Arm("bf16", "BF16 + LoRA", None),
+    *_both("", ""),
+    *_both("-aa", ", A/A", sampling_stream=1),
+    *_both("+aqn", " + AQN", **_AQN),
+    MXFP4_RECIPE,
+    NVFP4_RECIPE,
+    Arm("bf16+mxfp4-cost", "BF16 + LoRA, cost of the MXFP4 recipe", None, preset={"steps": 28}),
+    Arm("bf16+nvfp4-cost", "BF16 + LoRA, cost of the NVFP4 recipe", None, preset={"steps": 28}),
+)
+
+
+def _sigma(start: float, end: float, fmt: str = "mxfp4") -> Arm:
+    name, label = f"{fmt}+aqn-{start:g}", f"{fmt.upper()} + LoRA + AQN from {start:g} to {end:g}"
+    return Arm(name, label, fmt, **_AQN, preset={"sigma_start": start, "sigma_end": end})
+
+
+def _one(name: str, label: str, fmt: str | None, **fields: Any) -> Arm:
+    return Arm(name, label, fmt, **fields)
+
+
+FULL_LR = 2e-4
+OTHERS = (
+    *(_sigma(start, start / 100) for start in (0.001, 0.005, 0.05, 0.1)),
+    *(
+        _one(f"mxfp4+aqn-{kind}", f"MXFP4 + LoRA + AQN, {kind} by layer", "mxfp4", **_AQN, multipliers=kind)
+        for kind in ("targeted", "variable", "inverse")
+    ),
+    *_both("+aqn-shared", " + AQN in training too", noise_during=("rollout", "training")),
+    *_both("+aqn-weighted", " + AQN, importance weights", **_AQN, importance_weights=True),
+    *_both("+aqn-entropy", " + AQN that follows the entropy", **_AQN, noise="entropy"),
+    *_both("+aqn-accumulating", " + AQN that accumulates", **_AQN, noise="accumulating"),
+    _one("nvfp4-one-level", "faulty NVFP4 + LoRA", None, one_level=True),
+    _one("mxfp4-w4a4", "MXFP4 weights and inputs + LoRA", "mxfp4", act_fmt="mxfp4"),
+    _one("nvfp4-w4a4", "NVFP4 weights and inputs + LoRA", "nvfp4", act_fmt="nvfp4"),
+    _one("bf16-full", "BF16, full fine-tuning", None, tuning="full", preset={"lr": FULL_LR}),
+    _one("mxfp4-full", "MXFP4, full fine-tuning", "mxfp4", tuning="full", preset={"lr": FULL_LR}),
+    _one("nvfp4-full", "NVFP4, full fine-tuning", "nvfp4", tuning="full", preset={"lr": FULL_LR}),
+    _one("mxfp4-full+aqn", "MXFP4, full fine-tuning + AQN", "mxfp4", tuning="full", **_AQN, preset={"lr": FULL_LR}),
+    _one("nvfp4-full+aqn", "NVFP4, full fine-tuning + AQN", "nvfp4", tuning="full", **_AQN, preset={"lr": FULL_LR}),
+    *_both("-mse", ", scales of least error", spec={"scale_mode": "mse"}),
+    _one("nvfp4-4/6", "NVFP4 + LoRA, four over six", "nvfp4", spec={"scale_mode": "four_over_six"}),
+    _one("mxfp4-macro", "MXFP4 + LoRA, macro-blocks", "mxfp4", spec={"scale_mode": "mse", "macro_block": 128}),
+    _one("mxfp4-residual", "MXFP4 + LoRA, second pass on the residual", "mxfp4", spec={"residual": 0.5}),
+    *_both("-rotated", ", rotated", spec={"rotation": "hadamard"}),
+    *_both("-folded", ", scales folded", repairs=("fold_scales",)),
+    *_both("-gptq", ", GPTQ", spec={"scale_mode": "mse"}, repairs=("gptq",)),
+    *_both("-residual-lora", ", LoRA from the residual", adapter=Adapter("weighted")),
+    *_both("-principal", ", LoRA from the principal part", adapter=Adapter("principal", turns=5), preset={"lr": 5e-4}),
+    *_both("-distilled", ", LoRA distilled", adapter=Adapter(steps=60)),
+    *_both("-keep-distilling", ", distilled during RL", keep_distilling=0.1),
+    _one("bf16-keep-distilling", "BF16 + LoRA, KL to the base", None, keep_distilling=0.1),
+    _one("bf16-warm-start", "BF16 + LoRA, the recipe's adapter taken out of the base", None, borrow=MXFP4_RECIPE),
+)
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("words", WORDS, CORE, tuple(range(18))),
+        Stage("walks", WALKS, CORE, tuple(range(18))),
+        Stage("large", LARGE, CORE, tuple(range(8))),
+        Stage("arms", WORDS, OTHERS, (2, 5, 8, 11, 14, 17), lender="words"),
+    )
+}
+
+
+def stage(name: str) -> Stage:
+    return find("stage", name, STAGES)
