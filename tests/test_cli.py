@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 import qnoise
-from qnoise import cli, ops
+from benchmarks.recovery import __main__ as recovery
+from qnoise import cli, demo_command, env_command, ops
+from qnoise.format_argument import format_spec
 from qnoise.formats import QuantSpec
-from qnoise.scan_command import checkpoint_path
+from qnoise.model_argument import checkpoint_path
 from qnoise.sensitivity import ScanReport, scanning
 
 CHECKPOINT = Path(__file__).parents[1] / "benchmarks" / "recovery" / "checkpoints" / "words-0"
@@ -45,19 +50,151 @@ def test_env_names_what_is_not_there(monkeypatch, capsys):
     """Without a compiler the reason stands in the output, and a missing package is said to be missing."""
     monkeypatch.setattr(ops.native, "available", lambda: False)
     monkeypatch.setattr(ops.native, "status", lambda: "off: no C compiler found ($CC, cc, gcc, clang)")
-    monkeypatch.setattr(cli, "_PACKAGES", ("torch", "a-package-nobody-has"))
+    monkeypatch.setattr(env_command, "_PACKAGES", {"torch": "everything", "a-package-nobody-has": "figures"})
     cli.main(["env"])
     shown = capsys.readouterr().out
     assert "chunked PyTorch (off: no C compiler found" in shown
-    assert "a-package-nobody-has not installed" in " ".join(shown.split())
+    assert "a-package-nobody-has not installed (needed for: figures)" in " ".join(shown.split())
+    assert cli.main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["packages"]["a-package-nobody-has"] is None
 
 
-@pytest.mark.parametrize("arguments", [[], ["environment"], ["env", "--yaml"]])
-def test_unknown_arguments(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required: command"),
+        (
+            ["scna", "model"],
+            "no command 'scna'; there are: scan, repair, export, demo, env, formats. Did you mean 'scan'?",
+        ),
+        (["env", "--jason"], "no option '--jason'; there are: --json. Did you mean '--json'?"),
+        (["scan", "model", "--fmts=mxfp4"], "Did you mean '--fmt'?"),
+        (["scan", "model", "--thresh", "classic"], "Did you mean '--thresholds'?"),  # no abbreviations
+        (["formats", "nvfp4"], "no argument 'nvfp4'"),
+        (["repair", "model", "--fmt", "nvfp5"], "Did you mean 'nvfp4'?"),
+        (["repair", "model", "--fmt", "nvfp4:mse"], "unknown format 'nvfp4:mse'"),
+        (["repair", "model", "--device", "cuda:77"], "this machine has: cpu"),
+        (["repair", "model", "--device", "gpu"], "'gpu' is no device"),
+        (["scan", "--fmt", "mxfp4", "./model"], "let it stand before --fmt"),
+        (["export", "model", "--fmt", "mxfp4"], "required: --out"),
+    ],
+)
+def test_unknown_arguments(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
-    assert "usage: qnoise" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert shown.err.startswith("usage: qnoise")
+    assert said in shown.err.splitlines()[-1]
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("command", ["scan", "repair", "export", "demo", "env", "formats"])
+def test_help_has_an_example_that_is_understood(command, capsys, monkeypatch):
+    """The example of each help, up to a pipe, is given to the command's own parser."""
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    (example,) = [line for line in shown.splitlines() if line.startswith("example: qnoise ")]
+    words = shlex.split(example.removeprefix("example: qnoise ").split("|")[0].split(">")[0])
+    assert words[0] == command
+    assert cli._parse(words).run.__name__ == f"run_{command}"
+
+
+def test_options_are_called_the_same_everywhere(capsys):
+    """What prints says --json, what writes --out, what quantizes --fmt, and a model stands first."""
+    options = {}
+    for command in ("scan", "repair", "export", "demo", "env", "formats"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        usage = capsys.readouterr().out.split("\n\n")[0]
+        options[command] = set(re.findall(r"--[a-z-]+|PATH_OR_HUB_ID$", usage))
+    having = {word: {c for c, found in options.items() if word in found} for word in ("--json", "--out", "--fmt")}
+    models = {c for c, found in options.items() if "PATH_OR_HUB_ID" in found}
+    assert models == {"scan", "repair", "export"}
+    assert having["--fmt"] == models
+    assert having["--json"] == models | {"env", "formats"}
+    assert having["--out"] == models | {"demo"}
+
+
+def test_output_that_nobody_reads_is_no_error(monkeypatch, capsys):
+    """`| head`: printed in the end, and more than a pipe holds."""
+    for command in (["formats"], ["scan", str(CHECKPOINT), "--json"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as nobody:
+            monkeypatch.setattr(sys, "stdout", nobody)
+            assert cli.main(command) == 0
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_an_error(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["formats"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("qnoise formats: ")
+
+
+def test_what_a_command_raises_is_a_line_and_what_is_a_fault_of_ours_is_not(monkeypatch, capsys):
+    def fails(error):
+        def run(options):
+            warnings.warn("it is\nso", stacklevel=1)
+            print("half", end="")
+            raise error
+
+        return lambda commands: commands.add_parser("env").set_defaults(run=run)
+
+    expected = {
+        ValueError("a\n  b"): (2, "a b"),
+        FileNotFoundError("no file"): (2, "no file"),
+        torch.OutOfMemoryError("40 GiB"): (2, "out of memory: 40 GiB"),
+        KeyboardInterrupt(): (130, "interrupted"),
+        KeyboardInterrupt("kept"): (130, "interrupted; kept"),
+    }
+    for error, (status, said) in expected.items():
+        monkeypatch.setattr(cli, "COMMANDS", (fails(error),))
+        assert cli.main(["env"]) == status
+        lines = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert lines == ["qnoise env: warning: it is so", f"qnoise env: {said}"]
+    monkeypatch.setattr(cli, "COMMANDS", (fails(KeyError("a fault")),))
+    with pytest.raises(KeyError):
+        cli.main(["env"])
+
+
+def test_the_demo_is_the_benchmarks(tmp_path, monkeypatch, capsys):
+    """In a clone it becomes the benchmark, with the options it was given."""
+    became = []
+    monkeypatch.setattr(os, "execv", lambda path, words: became.append((path, words)))
+    monkeypatch.setattr(os, "environ", os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError):  # nothing comes back from it: there is no status
+        cli.main(["demo", "--workers", "-1", "--seeds", "3", "4", "--out", "x", "--resume"])
+    assert Path.cwd() == Path(__file__).parents[1]
+    ((python, words),) = became
+    assert words[:4] == [python, "-m", "benchmarks.recovery", "demo"]
+    assert words[4:] == ["--seeds", "3", "4", "--workers", "-1", "--out", str(tmp_path / "x"), "--resume"]
+    assert recovery.main(words[3:]) == 2
+    assert capsys.readouterr().err == "error: --workers is -1; it must be at least 1\n"
+
+
+def test_a_clone_is_known_by_its_name(tmp_path):
+    assert demo_command.find_clone(CHECKPOINT) == Path(__file__).parents[1]
+    (tmp_path / "pyproject.toml").write_text('name = "another"')
+    (tmp_path / "benchmarks" / "recovery").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "recovery" / "__main__.py").write_text("raise SystemExit(5)")
+    assert demo_command.find_clone(tmp_path) is None
+
+
+def test_the_demo_without_a_clone(monkeypatch, capsys):
+    monkeypatch.setattr(demo_command, "find_clone", lambda folder: None)
+    assert cli.main(["demo"]) == 2
+    said = capsys.readouterr().err
+    assert "`make demo`" in said
+    assert "need no clone" in said
 
 
 def test_formats(capsys):
@@ -74,7 +211,7 @@ def test_formats(capsys):
 def test_scan_writes_what_is_asked(tmp_path, capsys):
     page, data = tmp_path / "deep" / "report.html", tmp_path / "report.json"
     formats = ["--fmt", "mxfp4", "nvfp4:four_over_six"]
-    assert cli.main(["scan", str(CHECKPOINT), *formats, "--out", str(page), "--json", str(data)]) == 0
+    assert cli.main(["scan", str(CHECKPOINT), *formats, "--out", str(page), str(data)]) == 0
     expected = qnoise.scan(CHECKPOINT, ["mxfp4", QuantSpec("nvfp4", "four_over_six")])
     assert ScanReport.from_json(data.read_text()) == expected
     assert page.read_text().rstrip() == expected.to_html().rstrip()
@@ -89,7 +226,7 @@ def test_scan_prints_markdown_or_json(capsys):
     assert cli.main([*one, "--top", "3"]) == 0
     report = qnoise.scan(CHECKPOINT, "mxfp4", include="*.layers.0.*_proj", exclude="down_proj")
     assert capsys.readouterr().out == report.to_markdown(top=3) + "\n"
-    assert cli.main([*one, "--json", "-"]) == 0
+    assert cli.main([*one, "--json"]) == 0
     assert ScanReport.from_json(capsys.readouterr().out) == report
 
 
@@ -117,7 +254,7 @@ def test_scan_of_a_damaged_checkpoint_is_told_by_the_status(tmp_path, capsys):
         (["x", "--thresholds", "none"], "invalid choice"),
         (["no/such/thing"], "no/such/thing does not exist"),
         ([str(CHECKPOINT), "--out", "report.pdf"], "must end in .html, .md or .json"),
-        ([str(CHECKPOINT), "--json", "-", "--markdown"], "standard output"),
+        ([str(CHECKPOINT), "--json", "--markdown"], "standard output"),
         ([str(CHECKPOINT), "--top", "0"], "at least 1"),
         ([str(CHECKPOINT), "--include", "q_prj"], "Did you mean 'q_proj'"),
     ],
@@ -136,7 +273,7 @@ def test_scan_arguments_that_cannot_be(arguments, match, capsys, monkeypatch):
 
 
 def test_formats_are_spelled_with_what_differs(capsys):
-    one = ["scan", str(CHECKPOINT), "--include", "*.layers.0.mlp.up_proj", "--json", "-", "--fmt"]
+    one = ["scan", str(CHECKPOINT), "--include", "*.layers.0.mlp.up_proj", "--json", "--fmt"]
     cli.main([*one, "mxfp4:mse,macro_block=128", "nvfp4:hadamard", "mxfp4:even,half_away,residual=0.5"])
     assert ScanReport.from_json(capsys.readouterr().out).specs == (
         QuantSpec("mxfp4", "mse", macro_block=128),
@@ -197,8 +334,9 @@ def test_ctrl_c_ends_a_scan_cleanly(tmp_path):
     """The signal a terminal sends, in the middle of a long scan."""
     save_file({f"layers.{i}.w.weight": torch.randn(2048, 2048) for i in range(24)}, tmp_path / "model.safetensors")
     out = tmp_path / "report.html"
+    formats = [f"{fmt}:mse" for fmt in ("mxfp4", "nvfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8")]
     with subprocess.Popen(
-        [sys.executable, "-m", "qnoise", "scan", str(tmp_path), "--fmt", "mxfp4:mse", "--out", str(out)],
+        [sys.executable, "-m", "qnoise", "scan", str(tmp_path), "--fmt", *formats, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -213,3 +351,20 @@ def test_ctrl_c_ends_a_scan_cleanly(tmp_path):
     assert shown == ""
     assert "Traceback" not in said
     assert len(part.read_text().splitlines()) > 1
+
+
+def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
+    """The samples of docs/cli.md in their order, and each spelling of a format in its table."""
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "cli.md").read_text(encoding="utf-8")
+    (tmp_path / "benchmarks").symlink_to(root / "benchmarks")
+    monkeypatch.chdir(tmp_path)
+    samples = re.findall(r"```sh\nqnoise (.*?)\n```\n```text\n(.*?)```", text, re.DOTALL)
+    assert len(samples) == text.count("```sh") == 3
+    for command, shown in samples:
+        assert cli.main(shlex.split(command)) == 0
+        assert capsys.readouterr().out == shown
+    spelled = re.findall(r"^\| `([^`]+)` \| `(QuantSpec\([^`]+\))` \|$", text, re.MULTILINE)
+    assert len(spelled) == 5
+    for spelling, spec in spelled:
+        assert format_spec(spelling) == eval(spec, {"QuantSpec": QuantSpec})
