@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import qnoise
 from tiny_models import tiny_model, with_lora
@@ -147,6 +148,54 @@ def test_new_noise_needs_no_new_code(target, x) -> None:
             seen.append(check())
         assert_equal(outcome(fast, model, x), silent)
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
+
+
+class Counting:
+    """A backend that counts the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+@pytest.mark.parametrize(
+    ("target", "checkpointing"), [("rmsnorm", True), pytest.param("linear", False, marks=pytest.mark.slow)]
+)
+def test_a_schedule_takes_one_recompilation(target, checkpointing, x) -> None:
+    """From its silent first stage to its end, through all phases: one graph without noise and one with it."""
+    from peft import LoraConfig, get_peft_model
+
+    model = block(noise=target)
+    if checkpointing:
+        stock = model.forward
+        model.forward = lambda x: checkpoint(stock, x, use_reentrant=False)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    scheduler = qnoise.NoiseScheduler(model, qnoise.schedules.StagedExponential(0.3, 0.1, 4), 4)
+    counting = Counting()
+    fast = torch.compile(model, backend=counting, fullgraph=True)
+    sigmas = []
+    for _ in range(4):
+        sigmas.append(scheduler.step())
+        for phase in ("rollout", "evaluation"):
+            with qnoise.phase(model, phase):
+                assert_equal(outcome(fast, model, x), outcome(model, model, x))
+    assert sigmas[0] == 0.0
+    assert len(set(sigmas)) == 4
+    assert counting.graphs == 2
+
+
+def test_matrices_inside_of_checkpointing(x) -> None:
+    """A module that keeps its own forward, which reads its matrix from an attribute."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = qnoise.patch_model(nn.Sequential(Conv1D(96, 64)))
+    fast = torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    assert_equal(outcome(fast, model, x), outcome(model, model, x))
+    assert not torch.equal(fast(x), qnoise.unpatch_model(model)(x))
 
 
 def test_the_backward_has_the_noise_of_its_forward(x) -> None:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib import metadata
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import qnoise
-from qnoise import QuantSpec
+import qnoise.nn.linear
+from qnoise import FORMATS, QuantSpec
 from qnoise.config import PatchConfig
-from qnoise.integrations.export import export, load_packed
+from qnoise.formats import E2M1
+from qnoise.integrations.export import export
+from qnoise.integrations.layout import stored
+from qnoise.integrations.load_packed import load_packed
+from qnoise.integrations.schemes import SCHEMES
+from qnoise.rounding import round_magnitude
 from tests.tiny_models import tiny_model, with_lora
 
 pytest.importorskip("compressed_tensors")
@@ -72,27 +80,130 @@ def test_what_is_loaded_is_what_was_patched(tmp_path, spec, tied: bool) -> None:
     assert not hasattr(model.config, "quantization_config")
 
 
-def test_quantized_inputs(tmp_path) -> None:
-    model = qnoise.patch_model(stock(), config=PatchConfig("mxfp4", act_fmt=QuantSpec("mxfp4", "even")))
-    assert export(model, tmp_path / "mx").preset == "MXFP4"
+ALL_MODES = [QuantSpec(fmt, mode) for fmt in ("mxfp4", "nvfp4", "mxfp8_e4m3") for mode in FORMATS[fmt].scale_modes]
+
+
+@pytest.mark.parametrize("spec", ALL_MODES, ids=str)
+def test_every_scale_mode_decodes_to_what_the_forward_uses(spec: QuantSpec) -> None:
+    """By the library's own decoder. Each weight has its largest magnitude at one of the 128 mantissas of bfloat16; at
+    147 and 217 a scale that is a product instead of a quotient is another one."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    scheme = next(s for s in SCHEMES if s.weight == spec.fmt and s.inputs is None)
+    decoder = BaseCompressor.get_value_from_registry(scheme.layout)
+    generator = torch.Generator().manual_seed(1)
+    for mantissa in range(128, 256) if spec.per_tensor_scale else (128, 147, 217):
+        weight = torch.randn(24, 64, generator=generator) * torch.exp(torch.linspace(-4, 0, 24))[:, None]
+        weight = (weight / weight.abs().max() * 0.99 * mantissa / 128).bfloat16()
+        weight[3, 5], weight[7] = mantissa / 128, 0
+        quantized = qnoise.quantize(weight, spec)
+        decoded = decoder.decompress(stored("x", quantized, None), preset_name_to_scheme(scheme.preset, ["Linear"]))[
+            "weight"
+        ]
+        assert torch.equal(decoded.to(torch.bfloat16), qnoise.fake_quantize(weight, spec)), mantissa
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("mxfp4", "even"), QuantSpec("mxfp8_e4m3", "rceil")], ids=str)
+def test_quantized_inputs(tmp_path, spec: QuantSpec) -> None:
+    model = qnoise.patch_model(stock(), config=PatchConfig(spec.fmt, act_fmt=spec))
+    assert export(model, tmp_path / "mx").preset == {"mxfp4": "MXFP4", "mxfp8_e4m3": "MXFP8"}[spec.fmt]
     assert torch.equal(logits(loaded(tmp_path / "mx")), logits(model))
-    assert torch.equal(logits(load_packed(tmp_path / "mx")), logits(model))
+    packed = load_packed(tmp_path / "mx")
+    assert torch.equal(logits(packed), logits(model))
+    assert qnoise.state(packed)["act_formats"] == {str(spec): 14}
 
 
-def test_static_input_scales(tmp_path) -> None:
-    """The library divides by 6 in bfloat16, so blocks of its inputs may differ; what is written does not."""
-    amaxes = {"*": 3.7, "*.down_proj": 11.3}
+def quantized_by_the_library(x: Tensor, preset: str) -> Tensor:
+    """Inputs as compressed-tensors quantizes them while a model runs."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    args = preset_name_to_scheme(preset, ["Linear"]).input_activations
+    scale, zero_point = compute_dynamic_scales_and_zp(x, args, torch.nn.Module())
+    return fake_quantize(x, scale, zero_point, args)
+
+
+def test_rules_for_inputs_at_every_mantissa() -> None:
+    """MXFP4: the same. MXFP8: but for one mantissa of 128, and there only for elements far below the largest."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(128, 200, 32, generator=generator) * 2.0 ** -torch.randint(
+        0, 20, (128, 200, 32), generator=generator
+    )
+    peak = torch.arange(128, 256)[:, None, None] / 128
+    x = (x / x.abs().amax(-1, keepdim=True) * 0.99 * peak).bfloat16()
+    x[..., 0] = peak[..., 0]
+    rows = x.flatten(1)[None]
+    assert torch.equal(quantized_by_the_library(rows, "MXFP4"), qnoise.fake_quantize(rows, QuantSpec("mxfp4", "even")))
+    own = qnoise.fake_quantize(x, QuantSpec("mxfp8_e4m3", "rceil"))
+    theirs = quantized_by_the_library(rows, "MXFP8").view_as(x)
+    differ = own != theirs
+    assert differ.any(-1).any(-1).nonzero().tolist() == [[224 - 128]]
+    assert x[differ].abs().max() < 1.75 / 14336
+    assert (own - theirs).abs().max() < 1.75 / 2e5
+    for mode in ("floor", "even", "ceil"):
+        other = qnoise.fake_quantize(x, QuantSpec("mxfp8_e4m3", mode)) != theirs
+        assert other.any(-1).any(-1).sum() > 20, mode
+
+
+def test_calibrated_inputs(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVFP4 with quantized inputs. What is loaded divides by 6 in bfloat16, and that is all that differs."""
+    amaxes = qnoise.calibrate_activations(stock(), IDS)
+    amaxes |= {name: 0.7 * amax for name, amax in amaxes.items() if "layers.1.mlp" in name}  # and inputs beyond it
     model = qnoise.patch_model(stock(), config=PatchConfig("nvfp4", act_fmt="nvfp4", act_amax=amaxes))
     assert export(model, tmp_path / "nv").preset == "NVFP4"
     with safe_open(tmp_path / "nv" / "model.safetensors", framework="pt") as file:
-        for name in [key for key in file.keys() if key.endswith("input_global_scale")]:  # noqa: SIM118
-            amax = torch.tensor(amaxes["*.down_proj" if "down_proj" in name else "*"])
-            assert torch.equal(file.get_tensor(name), (2688 / amax.double()).float().reshape(1)), name
-    assert torch.equal(logits(load_packed(tmp_path / "nv")), logits(model))
+        names = [key for key in file.keys() if key.endswith("input_global_scale")]  # noqa: SIM118
+        assert len(names) == 14
+        for name in names:
+            amax = torch.tensor(amaxes[name.removesuffix(".input_global_scale")]).double()
+            assert torch.equal(file.get_tensor(name), (2688 / amax).float().reshape(1)), name
+    want = logits(model)
+    assert torch.equal(logits(load_packed(tmp_path / "nv")), want)
     dense = loaded(tmp_path / "nv", quantization_config=CompressedTensorsConfig(dequantize=True))
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             assert torch.equal(dense.get_submodule(name).weight, module.effective_weight()), name
+
+    scales = []
+
+    def divided_in_bfloat16(x: Tensor, spec: QuantSpec, amax: float) -> Tensor:
+        divisor = torch.tensor([2688.0]) / torch.tensor([amax])
+        blocks = x.unflatten(-1, (-1, 16))
+        peak, six = blocks.abs().amax(-1), torch.full_like(blocks[..., 0], 6)
+        fp32, bf16 = (
+            (part * divisor).clamp(max=448).to(torch.float8_e4m3fn).float()
+            for part in (peak.float() / six.float(), (peak / six).float())
+        )
+        scales.append((fp32 != bf16).float().mean())
+        scale = (bf16 / divisor)[..., None]
+        shares = torch.where(scale == 0, 0.0, blocks.float() / scale).clamp(-6, 6)
+        return (round_magnitude(shares.abs(), E2M1).copysign(shares) * scale).flatten(-2).to(x.dtype)
+
+    served = logits(loaded(tmp_path / "nv"))
+    assert not torch.equal(served, want)
+    monkeypatch.setattr(qnoise.nn.linear, "quantize_tokens", divided_in_bfloat16)
+    assert torch.equal(served, logits(model))
+    assert 0 < torch.stack(scales).mean() < 0.06
+
+
+PLAN = {"*self_attn*": "nvfp4", "*mlp*": "mxfp8_e4m3", "*1.mlp*": "mxfp4", "*1.mlp.down_proj": None}
+
+
+def test_a_plan_of_several_formats(tmp_path) -> None:
+    model = qnoise.patch_model(stock(), fmt=PLAN)
+    report = export(model, tmp_path / "x")
+    assert report.preset == "NVFP4A16 + MXFP8A16 + MXFP4A16"
+    assert report.ignored == ("model.layers.1.mlp.down_proj", "lm_head")
+    want = logits(model)
+    assert torch.equal(logits(loaded(tmp_path / "x")), want)
+    packed = load_packed(tmp_path / "x")
+    assert torch.equal(logits(packed), want)
+    assert qnoise.state(packed)["formats"] == qnoise.state(model)["formats"]
+    export(packed, tmp_path / "again")
+    config = [json.loads((tmp_path / each / "config.json").read_text()) for each in ("x", "again")]
+    assert config[0]["quantization_config"] == config[1]["quantization_config"]
 
 
 def test_an_adapter_on_top_is_what_was_trained(tmp_path) -> None:
@@ -141,15 +252,55 @@ def test_pinned_and_packed_codes_are_written_as_they_are(tmp_path) -> None:
     assert torch.equal(logits(loaded(tmp_path / "again")), logits(model))
 
 
+def test_folded_scales_are_in_the_weights_and_norms(tmp_path) -> None:
+    model = qnoise.patch_model(stock(), fmt="mxfp4")
+    qnoise.repairs.fold_scales(model, IDS)
+    export(model, tmp_path / "x")
+    assert torch.equal(logits(loaded(tmp_path / "x")), logits(model))
+    assert not torch.equal(logits(model), logits(qnoise.patch_model(stock(), fmt="mxfp4")))
+
+
+@pytest.mark.parametrize(
+    ("found", "message"), [("0.19.1", r"needs compressed-tensors >= 0.20; found 0.19.1"), (None, "is not installed")]
+)
+def test_a_library_that_is_too_old_or_missing(tmp_path, monkeypatch: pytest.MonkeyPatch, found, message: str) -> None:
+    right = metadata.version
+
+    def version(package: str) -> str:
+        if package != "compressed-tensors":
+            return right(package)
+        if found is None:
+            raise metadata.PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(ImportError, match=message + r".*pip install 'compressed-tensors>=0.20'"):
+        export(qnoise.patch_model(stock()), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (PatchConfig("mxfp6_e2m3"), "q_proj: mxfp6_e2m3 with 16-bit inputs has no preset"),
-        (PatchConfig({"*": "mxfp4", "*mlp*": "nvfp4"}), "one scheme is written for all"),
+        (
+            PatchConfig({"*": "mxfp4", "*v_proj": "nvfp4"}),
+            "is MXFP4A16 and .*v_proj is NVFP4A16, but engines fuse them",
+        ),
+        (PatchConfig({"*": "mxfp4", "*mlp*": "mxint8"}), "gate_proj: mxint8 with 16-bit inputs has no preset"),
         (PatchConfig(QuantSpec("mxfp4", rotation="hadamard")), "has no place for rotation"),
         (PatchConfig("mxfp4", act_fmt="mxfp4"), r"QuantSpec\('mxfp4', 'even'\)"),
         (PatchConfig("nvfp4", act_fmt="nvfp4"), "static input scale, and this linear has none"),
-        (PatchConfig("mxfp8_e4m3", act_fmt="mxfp8_e4m3"), "has no preset"),
+        (PatchConfig("nvfp4", act_fmt="nvfp4"), r"act_amax=qnoise.calibrate_activations\(model, inputs\)"),
+        (PatchConfig("nvfp4", act_fmt=QuantSpec("nvfp4", "mse"), act_amax=4.0), r"QuantSpec\('nvfp4', 'two_level'\)"),
+        (PatchConfig("nvfp4", act_fmt="nvfp4", act_amax={"*": 4.0, "*.k_proj": 3.0}), "have different act_amax"),
+        (PatchConfig("mxfp8_e4m3", act_fmt="mxfp8_e4m3"), r"QuantSpec\('mxfp8_e4m3', 'rceil'\)"),
+        (
+            PatchConfig("mxfp4", act_fmt=QuantSpec("mxfp4", "even", "stochastic")),
+            "even, stochastic.*rounded to nearest",
+        ),
+        (PatchConfig("nvfp4", act_fmt=QuantSpec("mxfp4", "even")), "nvfp4 with mxfp4 .even. inputs has no preset"),
+        (PatchConfig(QuantSpec("mxfp4", rounding="stochastic")), "q_proj: its weight is rounded stochastically"),
         (PatchConfig("mxfp4", exclude=("*.k_proj",)), "k_proj is not, but engines fuse them"),
         (PatchConfig("nvfp4", share_scales=False), "different per-tensor scales"),
         (PatchConfig(None, noise="rmsnorm"), "nothing to export"),
@@ -167,6 +318,12 @@ def test_other_refusals(tmp_path) -> None:
         export(stock(), tmp_path / "x")
     with pytest.raises(ValueError, match=r"q_proj.weight is torch.float32"):
         export(qnoise.patch_model(tiny_model("qwen2")), tmp_path / "x")
+    with pytest.raises(ValueError, match="Sequential has no save_pretrained"):
+        export(qnoise.patch_model(torch.nn.Sequential(torch.nn.Linear(64, 64))), tmp_path / "x")
+    offloaded = qnoise.patch_model(stock(), "nvfp4")
+    offloaded.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.empty(96, 64, device="meta").bfloat16())
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight is not in memory"):
+        export(offloaded, tmp_path / "x")
     with pytest.raises(ValueError, match="'merged'"):
         export(qnoise.patch_model(stock()), tmp_path / "x", adapters="merge")
     broken = qnoise.patch_model(stock())
@@ -185,10 +342,34 @@ def test_other_refusals(tmp_path) -> None:
         load_packed(tmp_path / "full")
 
 
+def test_a_model_that_is_stored_under_other_names_is_refused(tmp_path) -> None:
+    """transformers splits fused experts when it saves them, and takes them for quantized when it loads the result."""
+    sizes = {"num_local_experts": 4, "head_dim": 16}
+    mixture = qnoise.patch_model(tiny_model("mixtral", **sizes).bfloat16(), "nvfp4", exclude=["*experts"])
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM: .* such as model.layers.0.*experts.0.w1.weight"):
+        export(mixture, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    qnoise.unpatch_model(mixture)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts: .*no names. qnoise.bake"):
+        export(qnoise.patch_model(mixture, "nvfp4"), tmp_path / "x")
+    # GPT-OSS keeps them in one piece.
+    sizes |= {"layer_types": ["full_attention", "sliding_attention"], "num_experts_per_tok": 2}
+    config = tiny_model("gpt_oss", **sizes).config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    qnoise.patch_model(model, "mxfp4", exclude=["*experts"])
+    report = export(model, tmp_path / "y")
+    assert torch.equal(logits(loaded(tmp_path / "y")), logits(model))
+    assert torch.equal(logits(load_packed(tmp_path / "y")), logits(model))
+    assert len(report.quantized) == 8
+    # An engine has its own module for experts, which it quantizes unless it is told not to.
+    layers = [f"model.layers.{i}.mlp.{leaf}" for i in range(2) for leaf in ("router", "experts")]
+    assert sorted(report.ignored) == sorted(["lm_head", *layers])
+
+
 def test_a_fault_of_the_bytes_is_found_before_they_are_written(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qnoise.integrations import export as module
 
-    right = module._stored
+    right = module.stored
 
     def wrong(name, *arguments):
         stored = right(name, *arguments)
@@ -196,30 +377,7 @@ def test_a_fault_of_the_bytes_is_found_before_they_are_written(tmp_path, monkeyp
             stored["weight_packed"][0, 0] ^= 1
         return stored
 
-    monkeypatch.setattr(module, "_stored", wrong)
+    monkeypatch.setattr(module, "stored", wrong)
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj: [12] of 6144 weights decoded"):
         export(qnoise.patch_model(stock(), fmt="mxfp4"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    export(qnoise.patch_model(stock(), fmt="mxfp4"), tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    lost = dict(tensors)
-    del lost["model.layers.0.mlp.up_proj.weight_scale"]
-    save_file(lost, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks codes or scales of model.layers.0.mlp.up_proj"):
-        load_packed(tmp_path)
-    save_file({**tensors, "other.weight": torch.zeros(1)}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has 'other.weight', for which Qwen2ForCausalLM has no place"):
-        load_packed(tmp_path)
-    del tensors["model.norm.weight"]
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has no tensor 'model.norm.weight'"):
-        load_packed(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match="not complete"):
-        load_packed(tmp_path)

@@ -12,14 +12,16 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "qnoise"
 
 FLOORS: dict[str, int] = {
-    "formats": 0, "schedules": 0, "names": 0, "spelling": 0,
+    "formats": 0, "schedules": 0, "names": 0, "spelling": 0, "requirements": 0,
     "philox": 1, "rounding": 1, "scales": 1, "packing": 1, "rotation": 1, "macro_block": 1, "reference": 1,
     "metrics": 1, "noise": 1,
     "kernels": 2, "ops": 2, "functional": 2,
     "nn": 3, "faults": 3,
     "config": 4, "config_file": 4, "targets": 4, "patch": 4, "summary": 4,
-    "noise_control": 5, "rl": 5, "sensitivity": 5, "repairs": 5,
-    "integrations": 6, "cli": 6, "scan_command": 6, "repair_command": 6,
+    "noise_control": 5, "calibrate": 5, "plots": 5, "rl": 5, "sensitivity": 5, "repairs": 5,
+    "integrations": 6, "cli": 6,
+    "scan_command": 6, "repair_command": 6, "export_command": 6, "demo_command": 6, "env_command": 6,
+    "formats_command": 6, "model_argument": 6, "format_argument": 6, "output_argument": 6, "texts_argument": 6,
     "__init__": 7, "__main__": 7,
 }  # fmt: skip
 

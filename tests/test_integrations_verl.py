@@ -11,6 +11,7 @@ from qnoise.config import NoiseConfig, PatchConfig
 from qnoise.faults import Bias, Deadzone, GaussianError
 from qnoise.integrations.verl import from_config, to_config
 from qnoise.schedules import PerEpoch, StagedExponential
+from tests.patching import logits, manually_quantized
 from tests.tiny_models import tiny_model, with_lora
 
 IDS = torch.arange(3, 20)[None]
@@ -49,6 +50,13 @@ EXPERIMENTS = {
     "E5b-LoRA": ({"hw_error_injection": formats("nvfp4", LORA), **WITH_NOISE}, PatchConfig("nvfp4", noise=AQN)),
     "E6a": ({"hw_error_injection": formats("mxfp4", LORA)}, PatchConfig("mxfp4")),
     "E6b": ({"hw_error_injection": formats("mxfp4", LORA), **WITH_NOISE}, PatchConfig("mxfp4", noise=AQN)),
+    # AQN's three decays on bf16 weights: one for the whole run, one in each epoch, a lower one
+    "E5a": ({"noise_injection": noise(0.05, 0.0005)}, PatchConfig(None, noise=AQN)),
+    "E5b": (
+        {"noise_injection": noise(0.05, 0.0005, epoch_aware=True, stages_per_epoch=5, steps_per_epoch=6)},
+        PatchConfig(None, noise=AQN),
+    ),
+    "E5c": ({"noise_injection": noise(0.01, 0.0001)}, PatchConfig(None, noise=AQN)),
     # bf16: both blocks switched off
     "E7a": ({"hw_error_injection": {"enabled": False}, "noise_injection": {"enabled": False}}, None),
     # lower sigma; noise on chosen layers; more noise in the middle
@@ -83,12 +91,13 @@ def test_experiments(name: str) -> None:
     if expected is None:
         return
     model = with_lora(qnoise.patch_model(tiny_model(), config=settings.patch))
-    assert sum(qnoise.state(model)["formats"].values()) == (7 if name == "E13h" else 14)
+    count = {"E13h": 7, "E5a": 0, "E5b": 0, "E5c": 0}.get(name, 14)
+    assert sum(qnoise.state(model)["formats"].values()) == count
     if "noise_injection" not in blocks:
         return
     start, end = (blocks["noise_injection"][key] for key in ("sigma_start", "sigma_end"))
-    assert settings.schedule == StagedExponential(start, end, 10)
-    scheduler = settings.scheduler(model, total_steps=10)
+    assert settings.schedule == (None if name == "E5b" else StagedExponential(start, end, 10))
+    scheduler = settings.scheduler(model, total_steps=6 if name == "E5b" else 10)
     assert (scheduler.step(), scheduler.step()) == (0.0, start)
     loud = {name: sigma for name, sigma in qnoise.state(model)["noise"]["modules"].items() if sigma}
     assert len(loud) == (2 if name == "E8b planned" else 5)
@@ -117,6 +126,9 @@ def test_epochs_and_zones() -> None:
         layer_sigma_config={"enabled": True, "default_multiplier": 0.0, "zone_schedule": zone},
     )  # fmt: skip
     settings = from_config({"noise_injection": block})
+    written = to_config(settings)["noise_injection"]
+    assert written["layer_sigma_config"]["zone_schedule"]["late_middle_mult"] == 0.5
+    assert from_config({"noise_injection": written}).multipliers == settings.multipliers
     model = qnoise.patch_model(tiny_model(), config=settings.patch)
     scheduler = settings.scheduler(model, total_steps=10)
     assert scheduler.schedule == PerEpoch(0.05, 0.0005, 2, 4)
@@ -128,6 +140,16 @@ def test_epochs_and_zones() -> None:
         assert now["model.norm"] == 0
     with pytest.raises(ValueError, match="steps_per_epoch is 5.*divide the number of steps, 12"):
         settings.scheduler(model, total_steps=12)
+
+
+def test_numbers_as_yaml_and_hydra_write_them(tmp_path) -> None:
+    pytest.importorskip("yaml")
+    path = tmp_path / "grpo.yaml"
+    # YAML 1.1 takes 1e-2 for a string; Hydra, which reads these files in the family, does not.
+    path.write_text("noise_injection: {enabled: true, sigma_start: 1e-2, sigma_end: 1e-4, num_stages: '10'}\n")
+    settings = from_config(path)
+    assert settings.schedule == StagedExponential(0.01, 0.0001, 10)
+    assert to_config(settings)["noise_injection"]["sigma_end"] == 0.0001
 
 
 RELATIVE = {"error_type": "relative_gaussian", "error_scale": 0.05}
@@ -161,6 +183,58 @@ def test_faults(block, fault, places, targets, count: int) -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("during", ["rollout", "training"])
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4"])
+def test_a_format_in_one_phase_goes_in_as_a_fault(fmt: str, during: str) -> None:
+    settings = from_config({"hw_error_injection": {**formats(fmt), "apply_during": during}})
+    model = tiny_model()
+    stock, quantized = logits(model, IDS), logits(manually_quantized(model, fmt), IDS)
+    qnoise.patch_model(model, config=settings.patch)
+    assert not qnoise.state(model)["formats"]
+    with settings.inject(model):
+        for phase in ("rollout", "training", "evaluation"):
+            with qnoise.phase(model, phase):
+                assert torch.equal(logits(model, IDS), quantized if phase == during else stock), phase
+    assert from_config(to_config(settings)).faults == settings.faults
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4"])
+def test_a_format_at_the_output(fmt: str) -> None:
+    stochastic = {f"{fmt}_stochastic_rounding": True, "target_modules": ["up_proj"], "target_layers": [1]}
+    for more in ({"target_modules": ["up_proj"], "target_layers": [1]}, stochastic):
+        settings = from_config({"hw_error_injection": formats(fmt, place="output") | more})
+        assert settings.patch is None
+        model, seen = tiny_model(), []
+        up = model.model.layers[1].mlp.up_proj
+        with settings.inject(model):
+            up.register_forward_hook(lambda module, args, output, seen=seen: seen.append((args[0], output)))
+            first, again, alone = (logits(model, ids) for ids in (IDS, IDS, IDS[:, :5]))
+        assert torch.equal(first, again)
+        x, y = seen[0]
+        exact = torch.nn.functional.linear(x, up.weight)
+        if more is not stochastic:
+            # a token's scale is its own: the others do not matter
+            rows = [qnoise.fake_quantize(row, fmt) for row in exact[0].detach()]
+            assert torch.equal(y[0], torch.stack(rows))
+            assert torch.allclose(alone, first[:, :5], atol=1e-5)
+        else:
+            error = (y - exact).abs().mean()
+            nearest = (qnoise.fake_quantize(exact.detach(), fmt) - exact).abs().mean()
+            assert nearest < error < 3 * nearest
+
+
+def test_phases_of_a_fault_are_known_without_noise() -> None:
+    settings = from_config({"hw_error_injection": {"enabled": True, "apply_during": "rollout", **RELATIVE}})
+    model = qnoise.patch_model(tiny_model(), config=settings.patch)
+    clean = logits(tiny_model(), IDS)
+    with settings.inject(model):
+        assert torch.equal(logits(model, IDS), clean)
+        with qnoise.phase(model, "rollout"):
+            assert not torch.equal(logits(model, IDS), clean)
+    with pytest.raises(ValueError, match="noise_injection is not enabled"):
+        settings.scheduler(model, total_steps=3)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -171,12 +245,17 @@ def test_faults(block, fault, places, targets, count: int) -> None:
         ({"noise_injection": noise(layer_types=["rmsnorm", "linear"])}, "one kind at a time"),
         ({"hw_error_injection": formats("mxfp5")}, "error_type"),
         ({"hw_error_injection": formats("fp8")}, "mxfp8_e4m3"),
-        ({"hw_error_injection": formats("mxfp4", place="output")}, "'output' quantizes what a linear gives out"),
         ({"hw_error_injection": formats("mxfp4", mxfp4_block_2d=True)}, "mxfp4_block_2d=True has no counterpart"),
         ({"hw_error_injection": formats("mxfp4", use_ste=False)}, "use_ste=False has no counterpart"),
-        ({"hw_error_injection": {**formats("mxfp4"), "apply_during": "rollout"}}, "acts in every phase"),
+        ({"hw_error_injection": {**formats("mxfp4"), "apply_during": "roll"}}, "Did you mean 'rollout'"),
         ({"hw_error_injection": {**formats("mxfp4"), "target_modules": ["rmsnorm"]}}, "is a format of matrices"),
         ({"hw_error_injection": [1]}, "must be a mapping"),
+        ({"noise_injection": noise(start="much")}, "sigma_start is 'much'; it must be a number"),
+        ({"noise_injection": noise(num_stages=9.5)}, "num_stages is 9.5; it must be a whole number"),
+        ({"noise_injection": noise(steps_per_epoch="${trainer.steps}")}, "a reference to another value"),
+        ({"noise_injection": noise(target_layers=14)}, "target_layers is 14; it must be a list of layer indices"),
+        ({"noise_injection": noise(layer_sigma_config={"enabled": True, "layer_multipliers": {"mid": 2}})}, "'mid'"),
+        ({"hw_error_injection": {"enabled": "yes"}}, "enabled is 'yes'; it must be true or false"),
     ],
     ids=str,
 )

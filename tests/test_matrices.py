@@ -70,6 +70,97 @@ def test_every_kernel_sees_the_quantized_experts(kernel: str) -> None:
         torch.testing.assert_close(gradients[0][name], gradient)
 
 
+def expert_by_expert(
+    module: torch.nn.Module,
+    matrices: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    shares: torch.Tensor,
+) -> torch.Tensor:
+    """Token by token and expert by expert: a gated MLP, in GPT-OSS's way or in everybody else's."""
+    rows = []
+    for token in range(len(x)):
+        row = torch.zeros_like(x[token])
+        for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
+            first, second = matrices["gate_up_proj"][expert], matrices["down_proj"][expert]
+            if hasattr(module, "limit"):
+                both = x[token] @ first + module.gate_up_proj_bias[expert]
+                gate, up = both[::2].clamp(max=module.limit), both[1::2].clamp(-module.limit, module.limit)
+                inner = (up + 1) * gate * torch.sigmoid(module.alpha * gate)
+                row = row + share * (inner @ second + module.down_proj_bias[expert])
+            else:
+                gate, up = (first @ x[token]).chunk(2)
+                row = row + share * (second @ (torch.nn.functional.silu(gate) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "grouped_mm"])
+@pytest.mark.parametrize(("model_type", "axis"), [("mixtral", 2), ("qwen3_moe", 2), ("deepseek_v3", 2), ("gpt_oss", 1)])
+def test_experts_against_a_reference_with_gradients(model_type: str, axis: int, kernel: str) -> None:
+    model = tiny(model_type)
+    routers = {name: p.clone() for name, p in model.named_parameters() if ".gate." in name or ".router." in name}
+    assert routers
+    qnoise.patch_model(model, "nvfp4")
+    model.set_experts_implementation(kernel)
+    module = next(iter(experts_of(model).values()))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # biases too, and weights large enough to see the clamping of GPT-OSS
+        for parameter in module.parameters():
+            parameter.normal_(0.0, 1.0, generator=generator)
+    x = torch.randn(6, 64, generator=generator, requires_grad=True)
+    chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(6)])
+    shares = torch.rand(6, 2, generator=generator)
+    out = module(x, chosen, shares)
+    out.square().sum().backward()
+    matrices = {
+        name: by_hand(module._parameters[name], "nvfp4", axis).requires_grad_() for name in module.effective_names
+    }
+    y = x.detach().requires_grad_()
+    expected = expert_by_expert(module, matrices, y, chosen, shares)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    expected.square().sum().backward()
+    # Straight through: the gradient of the quantized matrix is that of the raw one.
+    for mine, theirs in ((x, y), *((module._parameters[name], matrices[name]) for name in matrices)):
+        scale = theirs.grad.abs().max().item()
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5 * scale)
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in routers.items())
+    skipped = qnoise.summary(model).skipped
+    assert all(name.rpartition(".")[0] in skipped for name in routers)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "axes"),
+    [
+        ("jetmoe", "JetMoeParallelExperts", {"weight": 2}),
+        ("inkling_text", "InklingSharedExperts", {"gate_proj": 2, "up_proj": 2, "down_proj": 2}),
+        ("deepseek_v4", "DeepseekV4GroupedLinear", {"weight": 1}),
+    ],
+)
+def test_matrices_known_by_their_class(model_type: str, kind: str, axes: dict[str, int]) -> None:
+    model = qnoise.patch_model(tiny(model_type), "nvfp4")
+    found = [m for m in model.modules() if type(m).__name__ == f"FakeQuant{kind}"]
+    assert found
+    for module in found:
+        for name, axis in axes.items():
+            raw = module._parameters[name]
+            expected = by_hand(raw, "nvfp4", axis) if raw.dim() == 3 else qnoise.fake_quantize(raw, "nvfp4", axis=axis)
+            assert torch.equal(module.effective_weight(name), expected)
+    if kind == "DeepseekV4GroupedLinear":  # independent of the code: each group's output, by itself
+        module = found[0]
+        x = torch.randn(3, module.n_groups, module.in_features, generator=torch.Generator().manual_seed(0))
+        groups = module.effective_weight().chunk(module.n_groups)
+        torch.testing.assert_close(module(x), torch.stack([x[:, i] @ w.T for i, w in enumerate(groups)], 1))
+
+
+def test_the_summary_says_that_inputs_of_experts_are_left_out() -> None:
+    model = qnoise.patch_model(tiny("mixtral"), "mxfp4", act_fmt="mxfp8_e4m3", noise="linear")
+    patched = qnoise.summary(model).patched
+    experts = patched["model.layers.0.mlp.experts"]
+    assert experts == "mxfp4; in gate_up_proj, down_proj; inputs in full precision"
+    assert patched["model.layers.0.self_attn.q_proj"] == "mxfp4; input mxfp8_e4m3; noise in rollout, training"
+
+
 def test_frozen_experts_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from qnoise.nn import matrices
 

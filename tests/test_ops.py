@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from qnoise import ops, reference
-from qnoise.formats import FORMATS, QuantSpec
+from qnoise import formats, ops, reference, scales
+from qnoise.formats import E2M1, FORMATS, BlockFormat, QuantSpec
 from qnoise.functional import fake_quantize, quantize
 from qnoise.kernels import chunked, native
 from test_chunked import peak_bytes, same
@@ -283,6 +283,23 @@ def test_other_devices_run_the_chunked_path_where_they_are(monkeypatch):
     monkeypatch.setattr(ops, "_triton", lambda: (None, "ModuleNotFoundError: triton"))
     assert ops._serving(torch.device("cuda"), torch.float32, spec) is ops._CHUNKED
     assert ops.backend("cuda") == "chunked PyTorch (ModuleNotFoundError: triton)"
+
+
+def test_a_scale_mode_that_only_the_reference_has_is_left_to_it(monkeypatch):
+    """A branch in scales.py is enough: no backend takes a mode that it has not learned for one that it has."""
+    choose = scales._e8m0_codes
+    monkeypatch.setattr(scales, "_e8m0_codes", lambda m, p, spec: choose(m, p, spec) + (spec.scale_mode == "next"))
+    monkeypatch.setattr(formats, "MX_SCALE_MODES", ("next",))
+    block = BlockFormat("test_ops_next", E2M1, 32, "e8m0", False, ("next",))
+    monkeypatch.setitem(formats._TABLE, block.name, block)
+    spec, x = QuantSpec(block.name), normal(3, 70)
+    want = reference.fake_quantize(x, spec)
+    assert not torch.equal(want, fake_quantize(x, "mxfp4"))
+    assert torch.equal(fake_quantize(x, spec), want)
+    assert torch.equal(quantize(x, spec).dequantize(), want)
+    assert not native.supports(spec, torch.float32)
+    pytest.importorskip("triton")
+    assert not ops._triton_supports(spec)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

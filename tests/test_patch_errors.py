@@ -219,6 +219,35 @@ def test_accelerate_offloading(fmt, hooks_first, ids) -> None:
     assert torch.equal(logits(model, ids), stock)
 
 
+@pytest.mark.parametrize("way", ["disk_offload", "dispatch_model"])
+@pytest.mark.parametrize(("storage", "hooks_first"), [("auto", True), ("auto", False), ("packed", False)])
+def test_weights_on_disk(way, storage, hooks_first, ids, tmp_path) -> None:
+    from accelerate import disk_offload, dispatch_model
+
+    def frozen():
+        return tiny_model(num_hidden_layers=1).requires_grad_(False)
+
+    def offload(model) -> None:
+        if way == "disk_offload":
+            disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+        else:
+            places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+            places["model.layers.0"] = "disk"
+            dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+
+    expected = logits(qnoise.patch_model(frozen(), "nvfp4", storage=storage), ids)
+    model = frozen()
+    if hooks_first:
+        offload(model)
+    qnoise.patch_model(model, "nvfp4", storage=storage)
+    if not hooks_first:
+        offload(model)
+    for _ in range(2):
+        assert torch.equal(logits(model, ids), expected)
+    if storage == "auto":
+        assert torch.equal(logits(qnoise.unpatch_model(model), ids), logits(frozen(), ids))
+
+
 def test_device_map(ids, tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 

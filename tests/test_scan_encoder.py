@@ -30,7 +30,7 @@ def test_the_weights_of_a_trained_encoder(tmp_path) -> None:
     """22.7 M parameters, 37 matrices that are quantized; published by many tools as easy to quantize to 4 bits."""
     page = tmp_path / "report.html"
     command = ["scan", str(folder()), "--fmt", "mxfp4", "nvfp4", "mxfp8_e4m3"]
-    assert cli.main([*command, "--out", str(page), "--json", str(tmp_path / "report.json")]) == 0
+    assert cli.main([*command, "--out", str(page), str(tmp_path / "report.json")]) == 0
     report = ScanReport.from_json((tmp_path / "report.json").read_text())
     assert len(report.rows) == 3 * 37
     assert not any(finding.serious for finding in report.findings)

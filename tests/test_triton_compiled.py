@@ -30,7 +30,7 @@ from benchmarks.kernel_artefacts import (
     with_noise,
 )
 from qnoise import formats
-from qnoise.formats import E2M1, E3M2, FORMATS, BlockFormat, QuantSpec
+from qnoise.formats import E2M1, E3M2, FORMATS, BlockFormat, ElementFormat, QuantSpec
 from qnoise.kernels.gpu.launch import supports
 
 # ALU instructions an element on sm_90, bf16. At 4.3 TB/s the copy of a bf16 tensor leaves time for 13.8.
@@ -200,7 +200,8 @@ def test_which_formats_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not supports(QuantSpec("nvfp4", residual=0.5, rotation="hadamard"))
     small = BlockFormat("test_gpu_block_4", E2M1, 4, "e8m0", False, ("floor",))
     wide = BlockFormat("test_gpu_emin", replace(E2M1, emin=2, max=24.0), 32, "e8m0", False, ("floor",))
-    for fmt in (small, wide, replace(small, name="test_gpu_6_bits", element=E3M2, block_size=8)):
+    low = BlockFormat("test_gpu_low", ElementFormat("e1m2", 4, 1, 2, 0, 1.75), 16, "e4m3", True, ("two_level",))
+    for fmt in (small, wide, replace(small, name="test_gpu_6_bits", element=E3M2, block_size=8), low):
         monkeypatch.setitem(formats._TABLE, fmt.name, fmt)
         assert not supports(QuantSpec(fmt.name))
 

@@ -5,10 +5,12 @@
 """
 
 from qnoise import faults, metrics, repairs, rl, schedules
+from qnoise.calibrate import calibrate_activations
 from qnoise.config import NoiseConfig, PatchConfig
 from qnoise.formats import FORMATS, BlockFormat, QuantSpec, register_format
 from qnoise.functional import fake_quantize, quantize
-from qnoise.integrations.export import export, load_packed
+from qnoise.integrations.export import export
+from qnoise.integrations.load_packed import load_packed
 from qnoise.integrations.merge import merge
 from qnoise.nn import FakeQuantLinear, NoisyRMSNorm
 from qnoise.noise_control import NoiseScheduler
@@ -33,6 +35,7 @@ __all__ = [
     "QuantSpec",
     "ScanReport",
     "bake",
+    "calibrate_activations",
     "export",
     "fake_quantize",
     "faults",

@@ -6,6 +6,7 @@ this file, with which `patch_model(model, config=directory)` puts the same patch
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -42,7 +43,11 @@ def config_from_dict(values: Mapping[str, Any]) -> PatchConfig:
     """
     values = dict(values)
     if (schema := values.pop("schema", SCHEMA)) != SCHEMA:
-        raise ValueError(f"this configuration has schema {schema!r}; this version of qnoise reads schema {SCHEMA}")
+        newer = isinstance(schema, int) and schema > SCHEMA
+        raise ValueError(
+            f"this configuration has schema {schema!r}; this version of qnoise reads schema {SCHEMA}"
+            + ("; a newer version wrote it: upgrade qnoise" if newer else "")
+        )
     known = [each.name for each in fields(PatchConfig) if each.init]
     for key in values:
         if key not in known:
@@ -73,8 +78,7 @@ def write_config(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: the model is not patched.
     """
-    found = (m.__dict__["_qnoise_config"] for m in model.modules() if "_qnoise_config" in m.__dict__)
-    config = next(found, None)
+    config = _config_of(model)
     if config is None:
         raise ValueError("the model is not patched, so there is no configuration to write; call qnoise.patch_model")
     path = Path(directory) / FILE_NAME
@@ -120,8 +124,10 @@ class SavesConfig:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        result = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
-        if kwargs.get("is_main_process", args[0] if args else True):
+        save = type(self.model).save_pretrained  # type: ignore[attr-defined]
+        result = save(self.model, save_directory, *args, **kwargs)
+        given = inspect.signature(save).bind(self.model, save_directory, *args, **kwargs).arguments
+        if given.get("is_main_process", True) and _config_of(self.model) is not None:
             write_config(self.model, save_directory)
         return result
 
@@ -136,6 +142,10 @@ def save_as_before(module: nn.Module) -> None:
     """Undo `save_with_config`."""
     if isinstance(module.__dict__.get("save_pretrained"), SavesConfig):
         del module.__dict__["save_pretrained"]
+
+
+def _config_of(model: nn.Module) -> PatchConfig | None:
+    return next((m.__dict__["_qnoise_config"] for m in model.modules() if "_qnoise_config" in m.__dict__), None)
 
 
 def _spec(value: Any) -> QuantSpec | str | None:

@@ -31,6 +31,8 @@ from qnoise.nn.matrices import FakeQuantMatrices, MatricesRecord, matrices_class
 from qnoise.nn.norm import noisy_class
 from qnoise.nn.packed import PackedLinear, check_packed, convert_packed, pack, restore_packed
 from qnoise.nn.patched import PHASES, Patched, PatchRecord, check_forward, convert, restore
+from qnoise.nn.readers import ReaderRecord, reader_class
+from qnoise.nn.sharding import check_whole, check_whole_model, local_part
 from qnoise.packing import BlockQuantized
 from qnoise.spelling import check_choice, nearest
 from qnoise.targets import CONVERTIBLE_LINEARS, Decision, decide, matrix_specs, unmatched_patterns
@@ -100,6 +102,7 @@ def patch_model(
             f"the model is patched already, with another config ({differences(present, config)}). "
             "Call qnoise.unpatch_model(model) first."
         )
+    check_whole_model(model)
     decisions = decide(model, config)
     _check(model, config, decisions)
     if present is None and (hurts := rotation_warning(config)):
@@ -310,12 +313,8 @@ def _check(model: nn.Module, config: PatchConfig, decisions: list[Decision]) -> 
     for d in converted:
         if not isinstance(d.module, Patched):
             check_forward(d.module, d.name)
-        for key, parameter in d.module._parameters.items():
-            if hasattr(parameter, "device_mesh"):
-                raise ValueError(
-                    f"{d.name}.{key} is sharded already (DTensor). Patch first, then shard: patch_model -> PEFT -> "
-                    "fully_shard. Tensor parallelism is not supported."
-                )
+            for key, parameter in d.module._parameters.items():
+                check_whole(parameter, f"{d.name}.{key}")
 
 
 def _check_packable(model: nn.Module, converted: list[Decision]) -> None:
@@ -394,6 +393,8 @@ def _pack(todo: list[Decision], groups: list[list[nn.Module]]) -> dict[nn.Module
 
 def _conversion(d: Decision, config: PatchConfig) -> tuple[type[nn.Module], PatchRecord]:
     stock = type(d.module)
+    if d.reads:
+        return reader_class(stock), ReaderRecord(d.name, stock, children=d.reads)
     if d.kind == "norm":
         return noisy_class(stock), PatchRecord(d.name, stock, d.noise_during)
     if axes := matrix_axes(d.module):
@@ -504,6 +505,8 @@ def _forget(module: nn.Module) -> None:
         weight = module._parameters.get(name)
         if weight is not None:
             weight_cache.forget(weight)
+    for shard in module._qnoise.shards.values() if isinstance(module, Patched) else ():
+        weight_cache.forget(local_part(shard))
 
 
 def _count(specs: Iterator[QuantSpec | None]) -> dict[str, int]:

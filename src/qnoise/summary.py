@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from qnoise.config import PatchConfig
 from qnoise.formats import QuantSpec
 from qnoise.nn import weight_cache
 from qnoise.nn.linear import FakeQuantLinear
 from qnoise.nn.matrices import FakeQuantMatrices
 from qnoise.nn.packed import PackedLinear
 from qnoise.nn.patched import Patched
+from qnoise.nn.readers import WeightReader
 from qnoise.patch import patch_config
 from qnoise.targets import decide
 
@@ -88,8 +90,8 @@ def summary(model: nn.Module) -> PatchSummary:
     kinds: dict[str, str] = {}
     for d in decide(model, config):
         kinds[d.name] = d.kind
-        if isinstance(d.module, Patched):
-            patched[d.name] = _describe(d.module)
+        if isinstance(d.module, WeightReader) == bool(d.reads) and isinstance(d.module, Patched):
+            patched[d.name] = _describe(d.module, config)
         else:
             skipped[d.name] = d.reason or "added after patching; patch_model with the same config converts it"
     quantized: dict[int, tuple[int, int, QuantSpec]] = {}
@@ -132,7 +134,7 @@ def summary(model: nn.Module) -> PatchSummary:
     )
 
 
-def _describe(module: Patched) -> str:
+def _describe(module: Patched, config: PatchConfig) -> str:
     record = module._qnoise
     parts = []
     if isinstance(module, FakeQuantLinear):
@@ -154,6 +156,12 @@ def _describe(module: Patched) -> str:
         parts.append("in " + ", ".join(module._qnoise.axes)) if len(module._qnoise.axes) > 1 and same else None
         if module._qnoise.act_spec is not None:
             parts.append(f"input {module._qnoise.act_spec}")
+        elif config.act_spec is not None:
+            parts.append("inputs in full precision")
+    if isinstance(module, WeightReader):
+        parts.append(f"reads the quantized weights of {', '.join(module._qnoise.children)}")
+        if config.act_spec is not None:
+            parts.append("inputs there in full precision")
     if record.noise_during:
         parts.append("noise in " + ", ".join(record.noise_during))
     return "; ".join(parts)

@@ -35,13 +35,20 @@ _QUANTIZING_LIBRARIES = {
 }  # fmt: skip
 
 # Deciding which expert gets a token is not a matter of a small error: routing changes.
-_ROUTER = re.compile(r"^(gate|router|shared_expert_gate|wg|classifier)$")
+_ROUTER = re.compile(r"^(gate|shared_expert_gate|wg|(\w+_)?router)$")
+_INSIDE_ROUTER = re.compile(r"^(gate|(\w+_)?router|router_\w+)$")
+# Classes that compute with no linear's weight themselves, and whose sources are long.
+_GENERAL = ("peft.", "qnoise.", "transformers.modeling_utils", "transformers.generation", "transformers.integrations")
+_VALUE_HEAD = re.compile(r"^(v_head|value_head)$")
 _QK_NORM = re.compile(r"^(q|k|query|key)_?(layer_?)?norm$")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to become of one module: it is converted if `reason` is empty."""
+    """What is to become of one module: it is converted if `reason` is empty.
+
+    `reads` names the linears in it whose weights it computes with itself; it is converted to see them quantized.
+    """
 
     path: str
     name: str
@@ -51,23 +58,28 @@ class Decision:
     weight_spec: QuantSpec | None = None
     act_spec: QuantSpec | None = None
     noise_during: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
 
 def decide(model: nn.Module, config: PatchConfig) -> list[Decision]:
-    """One decision per linear, norm and other holder of matrices, in the order of `named_modules`."""
+    """One decision per linear, norm and other holder of matrices, in the order of `named_modules`; after them one for
+    each module that reads the weight of a converted linear past its forward."""
     heads = {id(module) for module in _heads(model)}
     adapters = _adapter_prefixes(model)
     decisions = []
+    readers: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         name = canonical_name(path)
         if path.startswith(adapters):
             if _looks_linear(module):
                 decisions.append(Decision(path, name, module, "linear", "adapter matrix"))
         elif _looks_linear(module):
-            past = _reads_weight_of(
-                cast(Any, type(model.get_submodule(path.rpartition(".")[0]))), path.rpartition(".")[2]
-            )
-            decisions.append(_decide_linear(path, name, module, config, id(module) in heads, past))
+            parent, child = _holder(model, path)
+            past = _reads_weight_of(cast(Any, type(model.get_submodule(parent))), child)
+            decision = _decide_linear(path, name, module, config, id(module) in heads, past == "writes")
+            if past == "reads" and not decision.reason and isinstance(decision.module, nn.Linear):
+                readers.setdefault(parent, []).append(child)
+            decisions.append(decision)
         elif isinstance(module, NoisyRMSNorm) or "norm" in type(module).__name__.lower():
             if any(True for _ in module.children()):
                 continue
@@ -77,7 +89,20 @@ def decide(model: nn.Module, config: PatchConfig) -> list[Decision]:
         elif matrices := _own_matrices(module):
             reason = f"matrices of its own ({', '.join(matrices)}) that no linear holds ({type(module).__name__})"
             decisions.append(Decision(path, name, module, "other", reason))
+    for path, children in readers.items():
+        module = model.get_submodule(path)
+        decisions.append(Decision(path, canonical_name(path), module, "other", reads=tuple(children)))
     return decisions
+
+
+def _holder(model: nn.Module, path: str) -> tuple[str, str]:
+    """The path of the module that holds a linear, and the name the linear has there; past the layer of PEFT or the
+    wrapper that may stand between them."""
+    child = canonical_name(path).rpartition(".")[2]
+    parts = path.split(".")
+    while len(parts) > 1 and parts[-1] != child:
+        parts.pop()
+    return ".".join(parts[:-1]), parts[-1]
 
 
 def _own_matrices(module: nn.Module) -> list[str]:
@@ -105,17 +130,17 @@ def unmatched_patterns(decisions: list[Decision], config: PatchConfig) -> list[t
 
 
 def _decide_linear(
-    path: str, name: str, module: nn.Module, config: PatchConfig, is_head: bool, read_past_forward: bool
+    path: str, name: str, module: nn.Module, config: PatchConfig, is_head: bool, written_past_forward: bool
 ) -> Decision:
     reason = _unconvertible(module)
-    if not reason and read_past_forward:
-        reason = "its weight is read past its forward"
+    if not reason and written_past_forward:
+        reason = "its weight is read and written past its forward"
     if reason:
         return Decision(path, name, module, "linear", reason)
     default = ""
     if is_head:
         default = "output head"
-    elif _ROUTER.match(name.rpartition(".")[2]):
+    elif is_router(name):
         default = "router or gate"
     not_quantized = _filtered(name, config, default)
     spec = None
@@ -200,10 +225,11 @@ def _looks_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
     kind = type(module).__name__
-    # GPT-2's Conv1D is a linear with a transposed weight; torch's Conv1d is a convolution.
-    return ("linear" in kind.lower() or kind == "Conv1D") and (
-        module._parameters.get("weight") is not None or hasattr(module, "qweight")
-    )
+    weight = module._parameters.get("weight")
+    # GPT-2's Conv1D is a linear with a transposed weight; torch's Conv1d is a convolution. The names of a model called
+    # Kimi Linear say nothing.
+    named = "linear" in kind.lower().removeprefix("kimilinear") or kind == "Conv1D"
+    return named and (weight is not None or hasattr(module, "qweight"))
 
 
 def _matrix_names(module: nn.Module) -> tuple[str, ...]:
@@ -215,18 +241,37 @@ def _own_forward(module: nn.Module) -> bool:
 
 
 @cache
-def _reads_weight_of(parent: Any, child: str) -> bool:
+def _reads_weight_of(parent: Any, child: str) -> Literal["", "reads", "writes"]:
     """Whether a class computes with the weight of one of its children itself, as mamba's mixers do with dt_proj:
-    converting the child would have no effect there. Read from its source; what only asks for dtype, device or shape,
-    or assigns, does not count."""
-    if parent.__module__.startswith(("torch.", "peft.")):
-        return False
-    try:
-        source = inspect.getsource(parent)
-    except (OSError, TypeError):
-        return False
+    converting the child alone would have no effect there. Read from the sources of the class and its bases; what only
+    asks for dtype, device or shape, or assigns, does not count. "writes": through `.data`, into what it reads."""
+    weight = rf"self\.{re.escape(child)}\.weight\b"
     asks = r"(?!\s*=[^=]|\.(dtype|device|shape|size|ndim|dim|numel|requires_grad|data_ptr|is_)\b)"
-    return re.search(rf"self\.{re.escape(child)}\.weight\b{asks}", source) is not None
+    found: Literal["", "reads", "writes"] = ""
+    for cls in parent.__mro__:
+        source = _source(cls)
+        if re.search(weight + r"\.data\b", source):
+            return "writes"
+        if re.search(weight + asks, source):
+            found = "reads"
+    return found
+
+
+@cache
+def _source(cls: Any) -> str:
+    """Of a class that may compute with weights; empty for general bases, and where there is none (made at run time)."""
+    if cls in (nn.Module, object) or cls.__module__.startswith(_GENERAL):
+        return ""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
+def is_router(name: str) -> bool:
+    """Whether a linear of this canonical name is a router or a gate of experts, or lies inside of one."""
+    *above, leaf = name.split(".")
+    return _ROUTER.match(leaf) is not None or any(_INSIDE_ROUTER.match(part) for part in above)
 
 
 def _unconvertible(module: nn.Module) -> str:
@@ -245,12 +290,29 @@ def _unconvertible(module: nn.Module) -> str:
 
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:
-    """The output embeddings: what `get_output_embeddings()` of the model or of any model inside it returns."""
-    for module in model.modules():
+    """The output embeddings: what `get_output_embeddings()` of the model or of any model inside it returns; where that
+    is nothing, the linears outside the base model that give one number per label, or one (reward models, classifiers),
+    and per entry of the vocabulary; TRL's value heads."""
+    for path, module in model.named_modules():
         get: Any = getattr(module, "get_output_embeddings", None)
         head = get() if callable(get) else None
         if isinstance(head, nn.Module):
             yield from head.modules()
+        elif callable(get):
+            yield from _task_heads(module)
+        if _VALUE_HEAD.match(path.rpartition(".")[2]):
+            yield from module.modules()
+
+
+def _task_heads(model: nn.Module) -> Iterator[nn.Module]:
+    config, base = getattr(model, "config", None), getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return
+    inside = {id(module) for module in base.modules()}
+    sizes = {1, getattr(config, "num_labels", 1), getattr(config, "vocab_size", 1)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module) not in inside and module.out_features in sizes:
+            yield module
 
 
 def _adapter_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
     model = qnoise.patch_model(model, fmt="mxfp4", noise="rmsnorm")
     trainer = GRPOTrainer(model, ..., callbacks=[NoiseCallback(StagedExponential(1e-2, 1e-4, 10))])
 
-Written for transformers 5 and TRL 1; transformers 4.57 has the same events.
+Versions: `qnoise.requirements`.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from math import ceil
@@ -16,14 +17,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from qnoise import schedules
-from qnoise.config_file import write_config
+from qnoise.config_file import save_with_config, write_config
 from qnoise.nn.linear import FakeQuantLinear
+from qnoise.noise import Noise
 from qnoise.noise_control import Multiplier, NoiseScheduler
 from qnoise.patch import patched_modules
+from qnoise.requirements import require
+
+require("transformers", "qnoise.integrations.transformers")
+
+from transformers import TrainerCallback  # noqa: E402
+from transformers.trainer_callback import CallbackHandler, ExportableState  # noqa: E402
 
 LOG_KEY = "noise/sigma"
 
@@ -34,24 +40,33 @@ class NoiseCallback(TrainerCallback, ExportableState):
     In a trainer that samples (TRL's GRPO, RLOO), a generation is `steps_per_generation * num_iterations` batches: a
     rollout reused over several optimizer steps keeps its noise. Elsewhere it is an optimizer step. The phases of
     `NoiseConfig(during=)` follow the trainer: `generate` is "rollout", the rest of training "training", and while the
-    model is in eval mode it is "evaluation", where noise is off and quantization stays on.
+    model is in eval mode it is "evaluation", where noise is off and quantization stays on. When training ends, so does
+    the noise.
 
     Sigma is logged as `noise/sigma` wherever the trainer's numbers go. Checkpoints hold clean weights (noise never
-    touches a parameter) and qnoise_config.json. A resumed run continues with the noise it would have had; one resumed
-    in the middle of a generation samples again, and with new noise.
+    touches a parameter) and qnoise_config.json, and so does from now on what `save_model` or `save_pretrained` writes.
+    A resumed run continues with the noise it would have had. TRL does not save the rollout: a run resumed in the middle
+    of a generation samples again, and with new noise.
 
     A rollout that TRL leaves to vLLM does not run through this model, so it has no noise: see
     `qnoise.rl.rollout_weights`.
 
     Args:
         schedule: sigma as a function of progress in [0, 1] (`qnoise.schedules`); or the mapping `state()` made of one.
+            `EntropyTarget` is told of the entropy that TRL's trainers log, so it moves as often as they log.
         total_steps: generations over which the schedule runs; None for those of the whole run.
         seed: of the noise; the same on all ranks.
         multipliers: see `qnoise.NoiseScheduler`.
 
     Raises:
-        ValueError: when training begins: no module of the model is noisy; the head is quantized, and the trainer
-            computes its loss from `lm_head.weight` without calling the head; a checkpoint saved with another schedule.
+        ValueError: when training begins: no module of the model is noisy; there is another NoiseCallback; the head is
+            quantized, and the trainer computes its loss from `lm_head.weight` without calling the head; a kernel
+            (Liger's RMSNorm) was put in place of a patched module's forward; a checkpoint saved with another schedule.
+            Later: `EntropyTarget` in a trainer that logs no entropy.
+        ImportError: when training begins: a TRL or PEFT that is too old (`qnoise.requirements`).
+
+    Warns:
+        UserWarning: a checkpoint is written in the middle of a generation.
     """
 
     def __init__(
@@ -74,7 +89,11 @@ class NoiseCallback(TrainerCallback, ExportableState):
         self.multipliers = dict(multipliers or {})
         self.scheduler_state: dict[str, Any] | None = None
         self._scheduler: NoiseScheduler | None = None
+        # Batches that are done, where a generation is a number of batches. Like TRL's own count it runs on from one
+        # `train()` to the next.
         self._batches = 0
+        self._entropy: float | None = None
+        self._warned = False
 
     @property
     def sigma(self) -> float:
@@ -90,7 +109,7 @@ class NoiseCallback(TrainerCallback, ExportableState):
             "seed": self.seed,
             "multipliers": [list(pair) for pair in self.multipliers.items()] if plain else None,
         }
-        scheduler = self._scheduler.state_dict() if self._scheduler is not None else None
+        scheduler = self._scheduler.state_dict() | {"entropy": self._entropy} if self._scheduler is not None else None
         return {"args": arguments, "attributes": {"scheduler_state": scheduler}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -100,43 +119,75 @@ class NoiseCallback(TrainerCallback, ExportableState):
         _stand_first(self)
         model = kwargs["model"]
         inner = _inner(model)
+        if inner is not model:
+            require("peft", "NoiseCallback")
+        if _of_trl(args):
+            require("trl", "NoiseCallback")
         _refuse_bypassed_head(inner, args)
+        _refuse_replaced_forwards(model)
         self._every = _batches_per_generation(args)
-        batches = state.max_steps * args.gradient_accumulation_steps
-        self._scheduler = NoiseScheduler(
-            model, self.schedule, self.total_steps or ceil(batches / self._every), self.seed, self.multipliers
-        )
-        self._batches = 0
+        steps = state.max_steps
+        if self._every is not None:
+            steps = ceil(steps * args.gradient_accumulation_steps / self._every)
+        self._scheduler = NoiseScheduler(model, self.schedule, self.total_steps or steps, self.seed, self.multipliers)
         if state.global_step and (saved := self.scheduler_state or _saved(state)):
             self._scheduler.load_state_dict(saved)
+            self._entropy = saved.get("entropy")
+        save_with_config(model)
         _Phases.follow(inner, model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._next_batch()
+        if self._scheduler is None:
+            raise ValueError("NoiseCallback was added after training had begun; give it to the trainer before train()")
+        if self._every is None or self._batches % self._every == 0:
+            self._scheduler.step(self._entropy)
+            self._entropy = None
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._next_batch()
+        self._batches += 1
+        if self._every is not None:
+            self.on_step_begin(args, state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._batches += 1
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs:
             logs[LOG_KEY] = self.sigma
             if state.log_history:
                 state.log_history[-1][LOG_KEY] = self.sigma
+            if isinstance(self.schedule, schedules.EntropyTarget):
+                if "entropy" not in logs:
+                    raise ValueError(
+                        f"EntropyTarget needs the entropy, and this trainer logs none (only {', '.join(logs)}). TRL's "
+                        "trainers log it; elsewhere use a planned schedule, or NoiseScheduler.step(entropy=...)."
+                    )
+                self._entropy = float(logs["entropy"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and directory.is_dir():
             write_config(kwargs["model"], directory)
+        if self._every is not None and self._batches % self._every and state.global_step < state.max_steps:
+            self._warn_of_half_a_generation(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _Phases.leave(_inner(kwargs["model"]))
+        model = kwargs["model"]
+        _Phases.leave(_inner(model))
+        for module in patched_modules(model):
+            if module._qnoise.noise_during:
+                module._qnoise.noise = Noise()
 
-    def _next_batch(self) -> None:
-        if self._scheduler is None:
-            raise ValueError("NoiseCallback was added after training had begun; give it to the trainer before train()")
-        if self._batches % self._every == 0:
-            self._scheduler.step()
-        self._batches += 1
+    def _warn_of_half_a_generation(self, step: int) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"checkpoint-{step} was saved in the middle of a generation ({self._every} batches share a rollout). "
+                "TRL does not save the rollout, so a run resumed from it samples again and is not the undisturbed run. "
+                "Choose save_steps so that checkpoints fall between generations.",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 class _Phases:
@@ -174,7 +225,7 @@ class _Phases:
             module._qnoise.phase = phases.before.get(module._qnoise.name, "training")
 
     def settle(self) -> None:
-        phase = "evaluation" if not self.inner.training else "rollout" if self.sampling else "training"
+        phase = "rollout" if self.sampling else "training" if self.inner.training else "evaluation"
         for module in patched_modules(self.outer):
             if module._qnoise.phase != phase:
                 module._qnoise.phase = phase
@@ -199,7 +250,9 @@ class _Sample:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inner = self.phases.inner
-        outermost, self.phases.sampling = not self.phases.sampling, True
+        # A model in training that samples is in "rollout", also where `generate_batch` puts it into eval mode for that.
+        outermost = not self.phases.sampling
+        self.phases.sampling = self.phases.sampling or inner.training
         self.phases.settle()
         try:
             return getattr(type(inner), self.name)(inner, *args, **kwargs)
@@ -215,12 +268,19 @@ def _inner(model: nn.Module) -> nn.Module:
     return unwrap() if callable(unwrap) else model
 
 
-def _batches_per_generation(args: Any) -> int:
-    """How many batches pass between two generations: TRL's two counts, or one optimizer step."""
+def _batches_per_generation(args: Any) -> int | None:
+    """How many batches share a rollout of TRL; None for a trainer that does not sample.
+
+    There a generation is an optimizer step, and no number of batches: the last step of an epoch may have fewer.
+    """
     per_generation = getattr(args, "steps_per_generation", None)
-    if per_generation:
-        return int(per_generation) * int(getattr(args, "num_iterations", 1) or 1)
-    return int(args.gradient_accumulation_steps)
+    return int(per_generation) * int(getattr(args, "num_iterations", 1) or 1) if per_generation else None
+
+
+def _of_trl(args: Any) -> bool:
+    """Whether these are the arguments of one of TRL's own trainers (or of one made of it)."""
+    modules = {kind.__module__ for kind in type(args).__mro__} - {"trl.trainer.base_config"}
+    return any(module.startswith("trl.trainer.") for module in modules)
 
 
 def _refuse_bypassed_head(inner: nn.Module, args: Any) -> None:
@@ -228,15 +288,34 @@ def _refuse_bypassed_head(inner: nn.Module, args: Any) -> None:
     head = get_head() if get_head is not None else None
     if not isinstance(head, FakeQuantLinear) or head._qnoise.weight_spec is None:
         return
-    # TRL puts a forward on the instance that multiplies by `lm_head.weight`; liger's losses do the same in a kernel.
+    # All of TRL's own trainers that have a head multiply by `lm_head.weight`, most of them in a forward they put on the
+    # instance; Liger's fused cross-entropy does the same in a kernel.
     code = getattr(getattr(inner.__dict__.get("forward"), "__func__", None), "__code__", None)
-    fused = code is not None and "fused_lm_head" in code.co_varnames
-    if fused or any(getattr(args, name, False) for name in ("use_liger_kernel", "use_liger_loss")):
+    trl = _of_trl(args) or (code is not None and "fused_lm_head" in code.co_varnames)
+    kernels = getattr(args, "liger_kernel_config", None) or {}
+    liger = getattr(args, "use_liger_kernel", False) and kernels.get("fused_linear_cross_entropy", True)
+    if trl or liger:
+        name = head._qnoise.name
         raise ValueError(
-            f"{head._qnoise.name} is quantized, but this trainer computes its loss from {head._qnoise.name}.weight "
-            "without calling the module, so the loss would see the full-precision head and generation the quantized "
-            "one. Leave the head out (it is left out by default), or switch the fused loss off."
+            f"{name} is quantized, but this trainer computes its loss from {name}.weight without calling the module, "
+            "so the loss would see the full-precision head and generation the quantized one. Leave the head out (it is "
+            "left out by default)"
+            + ("." if trl else ", or switch that loss off: liger_kernel_config={'fused_linear_cross_entropy': False}.")
         )
+
+
+def _refuse_replaced_forwards(model: nn.Module) -> None:
+    """Kernels that are bound to instances (Liger's RMSNorm, those of `use_kernels=True`) hide what a patch does."""
+    for module in patched_modules(model):
+        bound = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+        function = getattr(bound, "__func__", bound)
+        if bound is not None and function is not cast(Any, type(module)).forward:
+            raise ValueError(
+                f"{module._qnoise.name}: after patching, its forward was replaced by "
+                f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}, which knows "
+                "neither noise nor quantization. Switch that kernel off (for Liger: "
+                "liger_kernel_config={'rms_norm': False}; for the Hub's: use_kernels=False)."
+            )
 
 
 def _stand_first(callback: NoiseCallback) -> None:
@@ -244,18 +323,32 @@ def _stand_first(callback: NoiseCallback) -> None:
 
     A callback is told of the trainer's numbers, not of the trainer; the handler that calls it is found in the stack.
     Where it is not, sigma still stands in `state.log_history`.
+
+    Raises:
+        ValueError: there are two, and each would undo what the other sets.
     """
-    frame = sys._getframe(1)
+    handler = _handler()
+    if handler is None or callback not in handler.callbacks:
+        return
+    if sum(isinstance(other, NoiseCallback) for other in handler.callbacks) > 1:
+        raise ValueError(
+            "this trainer has more than one NoiseCallback, and a model has one sigma at a time. Use one; its "
+            "multipliers= give modules and layers factors of their own."
+        )
+    handler.callbacks.remove(callback)
+    handler.callbacks.insert(0, callback)
+
+
+def _handler() -> CallbackHandler | None:
+    frame = sys._getframe(2)
     for _ in range(6):
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler):
-            if callback in handler.callbacks:
-                handler.callbacks.remove(callback)
-                handler.callbacks.insert(0, callback)
-            return
+            return handler
         if frame.f_back is None:
-            return
+            return None
         frame = frame.f_back
+    return None
 
 
 def _saved(state: Any) -> dict[str, Any] | None:

@@ -18,15 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qnoise import schedules
 from qnoise.config import NoiseConfig, PatchConfig
 from qnoise.faults import Bias, Deadzone, Fault, GaussianError, Injection, inject
 from qnoise.formats import QuantSpec, unknown_name
+from qnoise.functional import fake_quantize
 from qnoise.names import matches
+from qnoise.nn.linear import quantize_tokens
 from qnoise.nn.norm import is_rms_norm
 from qnoise.noise_control import Multiplier, NoiseScheduler
+from qnoise.requirements import require
 from qnoise.spelling import check_choice
 
 ERROR_DEFAULTS: Mapping[str, Any] = {
@@ -47,8 +51,18 @@ ZONE_DEFAULTS: Mapping[str, Any] = {
     "enabled": False, "edge_layers": [], "middle_layers": [], "phase_boundary_ratio": 0.5,
     "early_middle_mult": 1.0, "late_middle_mult": 0.5,
 }  # fmt: skip
+# What a value must be, where its default does not show it; elsewhere it is of its default's kind.
+KINDS: Mapping[str, type] = {
+    "target_modules": list, "target_layers": int, "edge_layers": int, "middle_layers": int, "steps_per_epoch": int,
+}  # fmt: skip
+NESTED: Mapping[str, Mapping[str, Any]] = {"layer_sigma_config": LAYER_DEFAULTS, "zone_schedule": ZONE_DEFAULTS}
+LISTS_OF_LAYERS = ("target_layers", "edge_layers", "middle_layers")
 FORMATS = ("mxfp4", "nvfp4")
 FAULTS = ("relative_gaussian", "absolute_gaussian", "systematic_bias", "deadzone")
+_FORMAT_NOTES = {
+    "nvfp4": "nvfp4 has its fp32 per-tensor scale here; the fork's had none and was coarser than mxfp4.",
+    "mxfp4": "Blocks never cross a row here; the fork's ran over the flattened tensor.",
+}
 # Left alone by patch_model without being asked: heads, embeddings, adapters, and PEFT's name for the linear inside.
 _LEFT_ALONE = ("lm_head", "embed_tokens", "lora_A", "lora_B", "lora_a", "lora_b", "base_layer")
 
@@ -138,6 +152,9 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> VerlSetti
         if not noise["epoch_aware"]:
             schedule = schedules.StagedExponential(noise["sigma_start"], noise["sigma_end"], noise["num_stages"])
     patch = PatchConfig(weight, act, noise=noisy, **filters) if weight or act or noisy else None
+    if patch is None and error is not None and faults and error["apply_during"] != "both":
+        patch = PatchConfig(None, noise="rmsnorm")
+        notes.append("The patch changes nothing: it tells the faults which phase it is.")
     return VerlSettings(patch, schedule, multipliers or {}, faults, tuple(notes), error, noise)
 
 
@@ -176,16 +193,6 @@ def _error(
     ):
         if error[name] == (name == "mxfp4_block_2d"):
             raise ValueError(f"hw_error_injection.{name}={error[name]} has no counterpart: {cure}")
-    if error["apply_during"] != "both":
-        raise ValueError(
-            f"hw_error_injection.apply_during={error['apply_during']!r}: a format acts in every phase here, so that "
-            "the policy that is sampled is the policy that is trained; use 'both'"
-        )
-    if place == "output":
-        raise ValueError(
-            "hw_error_injection.injection_point='output' quantizes what a linear gives out; here its input is "
-            "quantized: use 'input' or 'both'"
-        )
     spec = QuantSpec(kind, rounding="stochastic" if error[f"{kind}_stochastic_rounding"] else "nearest")
     targets = _list(error["target_modules"])
     if any(target.lower() == "rmsnorm" for target in targets):
@@ -193,20 +200,24 @@ def _error(
             f"hw_error_injection.target_modules={targets}: {kind} is a format of matrices; use ['linear'] or names of "
             "linears"
         )
-    filters: dict[str, Any] = {"exclude": tuple(_globs(_own_patterns(error["exclude_modules"])))}
-    if targets != ["linear"]:
-        filters["include"] = tuple(_globs(targets))
-    if error["target_layers"] is not None:
-        filters["layers"] = tuple(error["target_layers"])
     if "base_layer" in _list(error["exclude_modules"]):
         notes.append(
             "exclude_modules names 'base_layer': there it kept a second hook off PEFT's inner linear, whose weight was "
             "quantized all the same; here the base linear is quantized, once."
         )
-    if kind == "nvfp4":
-        notes.append("nvfp4 has its fp32 per-tensor scale here; the fork's had none and was coarser than mxfp4.")
-    if kind == "mxfp4":
-        notes.append("Blocks never cross a row here; the fork's ran over the flattened tensor.")
+    notes.append(_FORMAT_NOTES[kind])
+    if place == "output" or error["apply_during"] != "both":
+        places = ("weight", "input") if place == "both" else (place,)
+        notes.append(
+            f"injection_point={place!r} with apply_during={error['apply_during']!r}: patch_model quantizes weights and "
+            "inputs in all phases; this goes in as a fault, with `inject`."
+        )
+        return None, None, tuple((RoundedTo(spec, per_token=at != "weight"), at) for at in places), {}
+    filters: dict[str, Any] = {"exclude": tuple(_globs(_own_patterns(error["exclude_modules"])))}
+    if targets != ["linear"]:
+        filters["include"] = tuple(_globs(targets))
+    if error["target_layers"] is not None:
+        filters["layers"] = tuple(error["target_layers"])
     weight = spec if place in ("weight", "both") else None
     return weight, spec if place in ("input", "both") else None, (), filters
 
@@ -230,12 +241,13 @@ def _noise(noise: Mapping[str, Any], notes: list[str]) -> NoiseConfig:
 
 
 def _multipliers(noise: Mapping[str, Any]) -> dict[str | int, Multiplier]:
-    layers = _filled("noise_injection.layer_sigma_config", noise["layer_sigma_config"], LAYER_DEFAULTS)
+    layers = noise["layer_sigma_config"]
     if layers is None or not layers["enabled"]:
         return {}
     result: dict[str | int, Multiplier] = {"*": float(layers["default_multiplier"])}
-    result |= {int(key): float(value) for key, value in layers["layer_multipliers"].items()}
-    zone = _filled("noise_injection.layer_sigma_config.zone_schedule", layers["zone_schedule"], ZONE_DEFAULTS)
+    name = "key of noise_injection.layer_sigma_config.layer_multipliers"
+    result |= {_number(name, key, int): value for key, value in layers["layer_multipliers"].items()}
+    zone = layers["zone_schedule"]
     if zone is not None and zone["enabled"]:
         result |= {int(layer): 1.0 for layer in zone["edge_layers"]}
         result |= {
@@ -255,6 +267,26 @@ class _Zone:
 
     def __call__(self, progress: float) -> float:
         return self.early if progress < self.boundary else self.late
+
+
+@dataclass(frozen=True)
+class RoundedTo:
+    """A fault: the values of a format, for what `patch_model` does not do (outputs, single phases).
+
+    Args:
+        spec: the format.
+        per_token: with a per-tensor scale, that of each vector along the last axis; else that of the tensor.
+    """
+
+    spec: QuantSpec
+    per_token: bool = True
+
+    def apply(self, x: Tensor, key: int = 0) -> Tensor:
+        if self.spec.rounding != "stochastic":
+            return quantize_tokens(x, self.spec, None) if self.per_token else fake_quantize(x, self.spec)
+        generator = torch.Generator().manual_seed(key & (2**63 - 1))
+        amax = x.abs().amax(dim=-1, keepdim=True) if self.per_token and self.spec.per_tensor_scale else None
+        return fake_quantize(x, self.spec, generator=generator, amax=amax)
 
 
 def _modules(targets: Any, exclude: Sequence[str]) -> Callable[[str, nn.Module], bool]:
@@ -298,7 +330,48 @@ def _filled(name: str, block: Any, defaults: Mapping[str, Any]) -> dict[str, Any
     for key in block:
         if key not in defaults:
             raise unknown_name(f"key of {name}", key, defaults)
-    return {**defaults, **block}
+    return {key: _checked(f"{name}.{key}", key, block.get(key, default), default) for key, default in defaults.items()}
+
+
+def _checked(name: str, key: str, value: Any, default: Any) -> Any:
+    """A value of the kind its field has. Numbers may be strings, as YAML 1.1 reads `1e-4`."""
+    kind = KINDS.get(key, type(default))
+    if value is None and default is None:
+        return None
+    if key in NESTED:
+        return _filled(name, value, NESTED[key])
+    if key in LISTS_OF_LAYERS:
+        if _is_list(value, int | str):
+            return [_number(f"{name}[{at}]", each, int) for at, each in enumerate(value)]
+    elif key == "layer_multipliers" and isinstance(value, Mapping):
+        return {str(layer): _number(f"{name}[{layer}]", factor, float) for layer, factor in value.items()}
+    elif kind in (int, float):
+        return _number(name, value, kind)
+    elif kind is list and _is_list(value, str):
+        return list(value)
+    elif isinstance(value, str if kind is list else kind):
+        return value
+    raise ValueError(f"{name} is {value!r}; it must be {_KIND_NAMES['layers' if key in LISTS_OF_LAYERS else kind]}")
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    try:
+        if not isinstance(value, bool) and kind(value) == float(value):
+            return kind(value)
+    except (TypeError, ValueError):
+        pass
+    hint = " (a reference to another value: resolve it before)" if "${" in str(value) else ""
+    raise ValueError(f"{name} is {value!r}{hint}; it must be {_KIND_NAMES[kind]}")
+
+
+def _is_list(value: Any, kind: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, kind) for each in value)
+
+
+_KIND_NAMES: Mapping[Any, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping",
+    list: "a string or a list of strings", "layers": "a list of layer indices",
+}  # fmt: skip
 
 
 def _find(values: Any, name: str) -> Any:
@@ -310,12 +383,9 @@ def _find(values: Any, name: str) -> Any:
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(
-            f"reading {path} needs PyYAML (pip install pyyaml); a mapping can be given instead"
-        ) from error
+    require("pyyaml", f"reading {path}")
+    import yaml
+
     values = yaml.safe_load(path.read_text())
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds a {type(values).__name__}, not a configuration")

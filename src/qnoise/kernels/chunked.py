@@ -37,7 +37,8 @@ _PIECE = 1 << 17
 _PIECE_OF_REFERENCE = 1 << 15
 """Elements of a piece on the path through the reference, which makes a dozen temporaries of it."""
 _EXPONENT = 0xFF << MANTISSA
-_SEARCHES = ("mse", "four_over_six", "four_over_six_mae", "four_over_six_absmax")
+_DIRECT = ("floor", "rceil", "ceil", "even", "two_level", "single_level")
+"""Scale modes that are computed here; the others are left to the functions of the reference."""
 
 
 class _Piece(NamedTuple):
@@ -198,7 +199,7 @@ class _Work:
     def __init__(self, x: Tensor, spec: QuantSpec) -> None:
         self.size = spec.block_format.block_size
         once = spec.macro_block is None and spec.residual is None
-        self.direct = once and spec.rounding == "nearest" and spec.scale_mode not in _SEARCHES and _has_room(spec)
+        self.direct = once and spec.rounding == "nearest" and spec.scale_mode in _DIRECT and _has_room(spec)
         self.in_place = x.dtype == torch.float32 and x.shape[1] % self.size == 0 and not spec.rotation
         # The counters of stochastic rounding are int64.
         limit = _PIECE if self.direct else _PIECE_OF_REFERENCE >> (spec.rounding == "stochastic")

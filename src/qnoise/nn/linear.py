@@ -21,6 +21,7 @@ from qnoise.formats import QuantSpec, as_spec
 from qnoise.functional import fake_quantize, quantize, rotate
 from qnoise.nn import weight_cache
 from qnoise.nn.patched import Patched, PatchRecord, autocast_dtype, convert, noise_of, record_of, restore, unit_noise_of
+from qnoise.nn.sharding import check_gathered, is_sharded, largest_over_ranks, local_part
 from qnoise.ops import fake_quantize_noisy, fuses_noise, tensor_amax
 from qnoise.packing import BlockQuantized
 from qnoise.spelling import check_choice
@@ -138,7 +139,11 @@ class FakeQuantLinear(Patched, nn.Linear):
         weight = self._parameters.get("weight")
         if weight is None:
             return cast(nn.Parameter, super().__getattr__("weight"))
+        if "_qnoise_read" in self.__dict__:  # by a WeightReader, to compute with
+            return cast(nn.Parameter, self.effective_weight())
         weight_cache.touch(weight)
+        for shard in self._qnoise.shards.values():
+            weight_cache.forget(local_part(shard))
         return weight
 
     @weight.setter
@@ -368,7 +373,9 @@ def _kept_is_right(record: LinearRecord, weight: Tensor) -> bool:
     if record.full_precision or (record.weight_spec is None and not record.acts):
         return False
     if record.pin is not None:
-        return True
+        return not record.shards
+    if record.shards:
+        return False
     return record.storage == "cached" or (record.storage == "auto" and not _trained(weight))
 
 
@@ -392,12 +399,14 @@ def _effective(record: LinearRecord, weight: Tensor) -> Tensor:
     spec = record.weight_spec
     if record.full_precision:
         return weight
+    if not torch.compiler.is_compiling():
+        check_gathered(weight, f"{_named(record)}.weight")
     if record.pin is not None:
         _check_pinned(record, weight)
         return record.pin.quantized.to(weight.device).dequantize(weight.dtype)
     if record.acts and spec is not None and not _trained(weight) and fuses_noise(weight, spec):
         z = unit_noise_of(record, weight)
-        return fake_quantize_noisy(weight, spec, z, record.sigma, _peers_amax(record, weight.device))
+        return fake_quantize_noisy(weight, spec, z, record.sigma, _peers_amax(record, weight))
     used = _with_relative_noise(weight, record) if record.acts else weight
     if spec is None:
         return used
@@ -407,21 +416,21 @@ def _effective(record: LinearRecord, weight: Tensor) -> Tensor:
 def joint_amax(record: LinearRecord, weight: Tensor, used: Tensor | None = None) -> Tensor | None:
     """What fixes the per-tensor scale the linear shares with its siblings; None: the weight's own amax, or no such
     scale. `used` is the weight with its noise."""
-    peers = _peers_amax(record, weight.device)
+    peers = _peers_amax(record, weight)
     if peers is None:
         return None
     spec = record.weight_spec
-    own = kept_amax(weight, spec) if used is None or used is weight else weight_amax(used, spec)
+    own = _amax_of(record, weight, weight.dtype) if used is None or used is weight else weight_amax(used, spec)
     return torch.maximum(own, peers)
 
 
-def _peers_amax(record: LinearRecord, device: torch.device) -> Tensor | None:
+def _peers_amax(record: LinearRecord, weight: Tensor) -> Tensor | None:
     """The largest amax among the siblings, without the linear itself; None: no shared scale."""
     spec = record.weight_spec
     if spec is None or not spec.per_tensor_scale or len(record.scale_group) < 2:
         return None
-    each = [_peer_amax(peer).to(device) for peer in record.scale_group if peer._qnoise is not record]
-    return torch.stack(each).amax() if each else None
+    each = [_peer_amax(peer, weight.dtype) for peer in record.scale_group if peer._qnoise is not record]
+    return torch.stack([amax.to(weight.device) for amax in each]).amax() if each else None
 
 
 _PINNED_IS_FROZEN = (
@@ -509,17 +518,36 @@ def _turned(x: Tensor, spec: QuantSpec | None) -> Tensor:
     return x if spec is None or spec.rotation is None else rotate(x, spec)
 
 
-def _peer_amax(peer: FakeQuantLinear) -> Tensor:
+def _peer_amax(peer: FakeQuantLinear, dtype: torch.dtype) -> Tensor:
     weight = peer._parameters.get("weight")
-    if weight is not None and (torch.compiler.is_compiling() or weight_cache.cacheable(weight)):
-        return kept_amax(weight, peer._qnoise.weight_spec)
+    reachable = weight is not None and (torch.compiler.is_compiling() or weight_cache.cacheable(weight))
+    if weight is not None and (reachable or is_sharded(weight)):
+        return _amax_of(peer._qnoise, weight, dtype)
     if peer._qnoise.patched_amax is None:
         raise ValueError(
-            f"{peer._qnoise.name}: its weight is out of reach (offloaded or sharded) and its amax was not recorded, "
+            f"{peer._qnoise.name}: its weight is out of reach (offloaded) and its amax was not recorded, "
             "so the per-tensor scale it shares with its siblings is unknown. Patch before offloading, or patch with "
             "PatchConfig(share_scales=False)."
         )
     return peer._qnoise.patched_amax
+
+
+def _amax_of(record: LinearRecord, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The amax of a linear's weight in that dtype, computed once for each change of the weight."""
+    spec, shard = record.weight_spec, record.shards.get("weight")
+    if shard is None or torch.compiler.is_compiling():
+        return kept_amax(weight, spec)
+    # The memory a weight is gathered into says nothing of its changes; the shard does, on all ranks at once.
+    return weight_cache.derived(
+        local_part(shard),
+        slot=("amax", spec, dtype),
+        key=None,
+        compute=lambda part: (
+            largest_over_ranks(shard, weight_amax(part.to(dtype), spec))
+            if is_sharded(weight)
+            else weight_amax(weight, spec)
+        ),
+    )
 
 
 def _serial(peer: FakeQuantLinear) -> int | None:

@@ -21,7 +21,8 @@ from qnoise.formats import QuantSpec
 from qnoise.functional import fake_quantize
 from qnoise.nn import weight_cache
 from qnoise.nn.linear import StraightThrough, quantize_tokens
-from qnoise.nn.patched import Patched, PatchRecord
+from qnoise.nn.patched import Patched, PatchRecord, stand_in
+from qnoise.nn.sharding import check_gathered
 
 
 @dataclass
@@ -57,9 +58,12 @@ class FakeQuantMatrices(Patched, nn.Module):
         spec = record.specs.get(name)
         if spec is None or record.full_precision:
             return weight
+        if not torch.compiler.is_compiling():
+            check_gathered(weight, f"{record.name}.{name}")
         axis = record.axes[name]
         trained = weight.requires_grad and torch.is_grad_enabled()
-        if torch.compiler.is_compiling() or record.storage == "dynamic" or (trained and record.storage == "auto"):
+        kept_is_right = record.storage == "cached" or (record.storage == "auto" and not trained)
+        if torch.compiler.is_compiling() or record.shards or not kept_is_right:
             return quantize_matrices(weight, spec, axis)
         kept = weight_cache.derived(weight, (spec, axis), None, lambda w: quantize_matrices(w, spec, axis))
         return StraightThrough.apply(weight, kept) if trained else kept
@@ -70,6 +74,9 @@ class FakeQuantMatrices(Patched, nn.Module):
             return super().forward(*args, **kwargs)
         if record.act_spec is not None:
             args = (quantize_tokens(args[0], record.act_spec, record.act_amax), *args[1:])
+        if torch.compiler.is_compiling():
+            twin = stand_in(self, **{name: self.effective_weight(name) for name in record.specs})
+            return record.stock_class.forward(twin, *args, **kwargs)
         with self._serving():
             return super().forward(*args, **kwargs)
 
@@ -134,20 +141,30 @@ def _rebuild(stock_class: type[nn.Module], names: tuple[str, ...]) -> FakeQuantM
     return cls.__new__(cls)
 
 
+# Classes of transformers whose forward is not that of a linear, with the contraction axes of their matrices: (in, out);
+# (out, in), multiplied by the transpose; blocks of a block-diagonal matrix, (groups * out, in of a group); stacks of
+# (experts, out, in) that have nothing to tell their orientation by.
+_KNOWN: dict[str, dict[str, int]] = {
+    "Conv1D": {"weight": 0},
+    "FalconLinear": {"weight": 1},
+    "DeepseekV4GroupedLinear": {"weight": 1},
+    "JetMoeParallelExperts": {"weight": 2},
+    "InklingSharedExperts": {"gate_proj": 2, "up_proj": 2, "down_proj": 2},
+}
+
+
 def matrix_axes(module: nn.Module) -> dict[str, int]:
     """The matrices of a module this file knows how to serve, with their contraction axes; empty if it knows none.
 
-    `Conv1D` of transformers holds (in, out); `FalconLinear` (out, in), and multiplies by the transpose itself. Fused
+    Some are known by their class; of transformers only, as others use the same names for other things. Other fused
     experts hold (experts, out, in) or (experts, in, out): their `is_transposed` says which, and where there is no such
     attribute (Llama 4) the shapes of the pair do: what goes into the second matrix comes out of the first.
     """
     kind = type(module)
     shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
-    if kind.__module__.startswith("transformers."):
-        if kind.__name__ == "Conv1D" and len(shapes.get("weight", ())) == 2:
-            return {"weight": 0}
-        if kind.__name__ == "FalconLinear" and len(shapes.get("weight", ())) == 2:
-            return {"weight": 1}
+    known = _KNOWN.get(kind.__name__)
+    if known and kind.__module__.startswith("transformers.") and all(len(shapes.get(name, ())) >= 2 for name in known):
+        return dict(known)
     first, second = next((n for n in ("gate_up_proj", "up_proj") if n in shapes), ""), "down_proj"
     stacked = {name: shape for name, shape in shapes.items() if len(shape) == 3}
     if "experts" not in kind.__name__.lower() or first not in stacked or second not in stacked:

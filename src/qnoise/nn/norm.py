@@ -12,13 +12,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qnoise.nn.patched import Patched, PatchRecord, autocast_dtype, convert, noise_of, restore
+from qnoise.nn.patched import Patched, PatchRecord, autocast_dtype, convert, noise_of, restore, stand_in
+
+# Classes of transformers that are RMSNorms by what they compute, whatever they are called.
+_RMS_NORMS = frozenset(
+    {
+        "T5LayerNorm", "MT5LayerNorm", "UMT5LayerNorm", "LongT5LayerNorm", "SwitchTransformersLayerNorm",
+        "UdopLayerNorm", "Pop2PianoLayerNorm", "Pix2StructLayerNorm", "Kosmos2_5LayerNorm", "CpmAntLayerNorm",
+    }
+)  # fmt: skip
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """A class named like an RMSNorm, with a one-dimensional weight parameter."""
+    """A class named like an RMSNorm, or known to be one (T5's), with a one-dimensional weight parameter."""
+    kind = type(module).__name__
     weight = module._parameters.get("weight")
-    return "rmsnorm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1
+    return ("rmsnorm" in kind.lower() or kind in _RMS_NORMS) and weight is not None and weight.dim() == 1
 
 
 class NoisyRMSNorm(Patched, nn.Module):
@@ -64,6 +73,9 @@ class NoisyRMSNorm(Patched, nn.Module):
         if not self._qnoise.acts:
             return super().forward(*args, **kwargs)
         dtype = self._stock_dtype(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            twin = stand_in(self, weight=self.effective_weight())
+            return self._qnoise.stock_class.forward(twin, *args, **kwargs).to(dtype)
         # The stock forward reads `self.weight`; an instance attribute goes before the registered parameter.
         self.__dict__["weight"] = self.effective_weight()
         try:

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from qnoise.nn.sharding import is_sharded
 from qnoise.noise import Noise, unit_normal
 
 PHASES = ("rollout", "training", "evaluation")
@@ -31,6 +32,8 @@ class PatchRecord:
     Attributes:
         sigma: the sigma that acts in a forward done now: 0 outside the phases that are noisy. Follows the other fields.
         acts: sigma > 0. Compiled code is specialised on this and not on the value of sigma.
+        shards: by name, the parameters of the module that `fully_shard` has taken apart (DTensor), if it has. What a
+            forward sees in their place is gathered into memory that is used again, without torch telling.
         handle: int64 CPU tensor, 0-d: by which an operator called from compiled code finds the record (`record_of`).
             A tensor, because compiled code is specialised on numbers but takes tensors as inputs.
     """
@@ -44,6 +47,7 @@ class PatchRecord:
     full_precision: bool = False
     sigma: float = field(init=False, default=0.0)
     acts: bool = field(init=False, default=False)
+    shards: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
     handle: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -132,6 +136,21 @@ class Patched:
 
     _qnoise: PatchRecord
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `fully_shard` exchanges the gathered parameter and its shard in this way, before and after each forward, where
+        # a class has such a method. (It would write to `_parameters` otherwise.)
+        parameters = self.__dict__.get("_parameters", {})
+        for parameter in (parameters.get(name), value):
+            if is_sharded(parameter):
+                self._qnoise.shards[name] = parameter
+        if name == "weight" and type(value) is Tensor and name not in parameters:
+            raise TypeError(
+                f"{self._qnoise.name or type(self).__name__}.weight is set to a tensor that is no parameter, and would "
+                "not be quantized or noisy. FullyShardedDataParallel (FSDP1) does so; shard with fully_shard instead "
+                "(with accelerate, fsdp_version: 2)."
+            )
+        super().__setattr__(name, value)
+
     def noise_sigma(self) -> float:
         """The sigma that acts in a forward done now: 0 outside the phases that are noisy."""
         return self._qnoise.sigma
@@ -167,6 +186,17 @@ def convert(module: nn.Module, patched_class: type[nn.Module], record: PatchReco
     check_forward(module, record.name)
     module.__dict__["_qnoise"] = record
     _set_class(module, patched_class)
+
+
+def stand_in(module: Patched, **attributes: Tensor) -> nn.Module:
+    """What compiled code runs the stock forward on: an object of the stock class with the module's own attributes, and
+    these in place of its parameters. The module cannot take them for a while there: inside of activation checkpointing
+    the compiler refuses a write to what is outside."""
+    stock_class = module._qnoise.stock_class
+    twin = stock_class.__new__(stock_class)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update(attributes)
+    return twin
 
 
 def restore(module: nn.Module) -> None:

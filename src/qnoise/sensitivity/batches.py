@@ -34,10 +34,11 @@ def mask_of(batch: Any) -> Tensor | None:
 
 
 def tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(..., features) as (tokens, features), without padding where the mask fits."""
-    if mask is not None and tuple(mask.shape) == tuple(x.shape[:-1]):
-        return x[mask.to(x.device) != 0]
-    return x.reshape(-1, x.shape[-1])
+    """(..., features) as (tokens, features), without padding where the mask fits, flattened as mixtures do or not."""
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is not None and tuple(x.shape[:-1]) in (tuple(mask.shape), (mask.numel(),)):
+        return rows[mask.to(x.device).reshape(-1) != 0]
+    return rows
 
 
 @contextmanager

@@ -201,7 +201,7 @@ def _strips(report: ScanReport) -> list[str]:
 def _strip(rows: Sequence[ScanRow]) -> str:
     layers = sorted({row.layer for row in rows if row.layer is not None})
     column = {layer: at for at, layer in enumerate(layers)}
-    kinds = list(dict.fromkeys(_in_layer(row) for row in rows))
+    kinds = list(dict.fromkeys(row.in_layer for row in rows))
     line = {kind: at for at, kind in enumerate(kinds)}
     cell = 46 if len(layers) <= 16 else 22
     label, height = min(220, 12 + 7 * max(map(len, kinds))), 22
@@ -209,7 +209,7 @@ def _strip(rows: Sequence[ScanRow]) -> str:
     for row in rows:
         if row.layer is None:
             continue
-        x, y = label + cell * column[row.layer], height * (1 + line[_in_layer(row)])
+        x, y = label + cell * column[row.layer], height * (1 + line[row.in_layer])
         value, below = row.figures["sqnr_db"], -distance(row)
         fill, dark = _colour(value, below)
         tip = f"{row.name}: {number(value)} dB, gaussian {number(row.gaussian['sqnr_db'])} dB"
@@ -237,11 +237,6 @@ def _strip(rows: Sequence[ScanRow]) -> str:
         f'<div class="wide"><svg width="{width}" height="{total}" viewBox="0 0 {width} {total}" role="img" '
         f'aria-label="SQNR by module kind and layer">{"".join(parts)}</svg></div>'
     )
-
-
-def _in_layer(row: ScanRow) -> str:
-    """The name inside its layer: `self_attn.q_proj`; of a layer's output, the word."""
-    return row.name.removeprefix(f"{row.stack}.{row.layer}" if row.stack else f"{row.layer}").lstrip(".") or row.kind
 
 
 def _colour(value: float, below: float) -> tuple[str, bool]:

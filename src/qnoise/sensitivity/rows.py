@@ -74,6 +74,12 @@ class ScanRow:
         return self.name.rpartition(".")[2]
 
     @property
+    def in_layer(self) -> str:
+        """The name inside its layer: `self_attn.q_proj`; of a layer's output, the kind."""
+        prefix = f"{self.stack}.{self.layer}" if self.stack else f"{self.layer}"
+        return self.name.removeprefix(prefix).lstrip(".") or self.kind
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 

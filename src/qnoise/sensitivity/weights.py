@@ -25,12 +25,11 @@ from qnoise.sensitivity.gaussian import gaussian_figures
 from qnoise.sensitivity.rows import ACTIVATIONS, Finding, ScanRow
 from qnoise.sensitivity.thresholds import issues
 from qnoise.spelling import nearest
-from qnoise.targets import decide, unmatched_patterns
+from qnoise.targets import decide, is_router, unmatched_patterns
 
 # Names under which checkpoints keep tables and heads; a model tells by itself (`get_output_embeddings`).
 _TABLE = re.compile(r"(embed|(^|\.)(wte|wpe)$)")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|output)$")
-_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|wg|classifier)$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|output|classifier|qa_outputs|(v_head|value_head)(\.\w+)?)$")
 _ADAPTER = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.|$)")
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_fc|c_proj|q_attn)$")
 
@@ -183,7 +182,7 @@ def model_matrices(
     matrices: list[Matrix] = []
     findings: list[Finding] = []
     for d in decisions:
-        if d.kind == "norm" or d.reason == "adapter matrix":
+        if d.kind == "norm" or d.reads or d.reason == "adapter matrix":
             continue
         if d.reason or ".original_module" in d.path:
             findings.append(Finding(d.name, d.reason or "replaced by the copy that PEFT trains"))
@@ -348,10 +347,10 @@ def _left_out(
             return ""
     if _TABLE.search(name):
         return "embedding table"
+    if is_router(name):
+        return "router or gate"
     if _HEAD.search(name):
         return "output head"
-    if _ROUTER.search(name):
-        return "router or gate"
     if _CONV1D.search(name):
         return "may be stored transposed, as GPT-2 does; name it in include= if it is not"
     if not tensor.name.endswith(".weight") and not experts:

@@ -11,13 +11,20 @@ from torch import Tensor
 from ...formats import QuantSpec
 
 WARPS = 4
+_SCALE_MODES = (
+    "floor", "rceil", "ceil", "even", "mse",
+    "two_level", "single_level", "four_over_six", "four_over_six_mae", "four_over_six_absmax",
+)  # fmt: skip
 
 
 def supports(spec: QuantSpec) -> bool:
     """Whether these kernels serve the format: all of the library's own, and registered ones whose blocks of codes
     fill 32-bit words and whose exponents fit the powers of two by which codes become fp32 numbers; rotated or not (in
-    blocks of up to 256), but without macro-blocks or a second pass on the residual."""
+    blocks of up to 256), but without macro-blocks or a second pass on the residual. Under E4M3 scales the largest
+    element has to be 3 at least, so that neither gs nor S / gs comes near the ends of fp32."""
     block = spec.block_format
+    if spec.scale_mode not in _SCALE_MODES or (block.scale == "e4m3" and block.element.max < 3):
+        return False
     if spec.macro_block is not None or spec.residual is not None or (spec.rotation and block.block_size > 256):
         return False
     element = block.element
