@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo newcomer test test-slow lint bench notebooks notebooks-write results clean
+.PHONY: help install recovery demo newcomer test test-slow lint bench notebooks notebooks-write results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -29,6 +29,9 @@ demo: $(STAMP)  ## four arms of a tiny RL run through 4 bits, side by side (minu
 
 newcomer:  ## the package installed in an environment of its own, and used as its pages say (minutes)
 	PYTHON=$(PYTHON) .ci/newcomer
+
+recovery: $(STAMP)  ## the study of docs/recovery.md: hours; what is done is not done again (ARGS="--stages words")
+	$(BIN)/python -m benchmarks.recovery study $(ARGS)
 
 test: $(STAMP)  ## the fast tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)

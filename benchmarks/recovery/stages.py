@@ -144,9 +144,38 @@ OTHERS = (
     _one("bf16-warm-start", "BF16 + LoRA, the recipe's adapter taken out of the base", None, borrow=MXFP4_RECIPE),
 )
 
+DEV = dataclasses.replace(WORDS, name="study-tuning", split="dev", eval_problems=2000, initial_problems=500)
+_FAMILIES = ("bf16", "mxfp4", "nvfp4", "mxfp4+recipe", "nvfp4+recipe")
+_CANDIDATES: dict[str, dict[str, Any]] = {
+    "gptq": {"repairs": ("gptq",)},
+    "folded+gptq": {"repairs": ("fold_scales", "gptq")},
+    "principal": {"adapter": Adapter("principal", turns=5)},
+    "gptq+distilled-60": {"repairs": ("gptq",), "adapter": Adapter(steps=60)},
+    "folded+gptq+distilled-20": {"repairs": ("fold_scales", "gptq"), "adapter": Adapter(steps=20)},
+    "principal+distilled-20": {"adapter": Adapter("principal", turns=5, steps=20, lr=1e-4)},
+}
+
+
+def _at(arm: Arm, lr: float) -> Arm:
+    return dataclasses.replace(arm, name=f"{arm.name}@{lr:g}", preset={"lr": lr})
+
+
+TUNING = (
+    *(_at(arm, lr) for arm in CORE if arm.name in _FAMILIES for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+    *(_at(arm, lr) for arm in OTHERS if arm.name in ("bf16-full", "mxfp4-full") for lr in (1e-4, 2e-4, 4e-4)),
+    *(
+        Arm(f"{fmt}+{name}", f"{fmt.upper()}: {name}", fmt, spec={"scale_mode": "mse"}, **fields)
+        for fmt in ("mxfp4", "nvfp4")
+        for name, fields in _CANDIDATES.items()
+    ),
+    _one("bf16-longer", "BF16 + LoRA, more steps", None, preset={"steps": 28}),
+)
+"""What learning rates and recipes are chosen from."""
+
 STAGES = {
     stage.name: stage
     for stage in (
+        Stage("tuning", DEV, TUNING, tuple(range(100, 103))),
         Stage("words", WORDS, CORE, tuple(range(18))),
         Stage("walks", WALKS, CORE, tuple(range(18))),
         Stage("large", LARGE, CORE, tuple(range(8))),
