@@ -17,10 +17,12 @@ from safetensors.torch import save_file
 
 import qnoise
 from benchmarks.recovery import __main__ as recovery
-from qnoise import cli, demo_command, env_command, ops
-from qnoise.format_argument import format_spec
+from qnoise import cli, ops
+from qnoise.commands import demo as demo_command
+from qnoise.commands import env as env_command
+from qnoise.commands.format_argument import format_spec
+from qnoise.commands.model_argument import checkpoint_path
 from qnoise.formats import QuantSpec
-from qnoise.model_argument import checkpoint_path
 from qnoise.sensitivity import ScanReport, scanning
 
 CHECKPOINT = Path(__file__).parents[1] / "benchmarks" / "recovery" / "checkpoints" / "words-0"

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qnoise
-from qnoise import cli, export_command
+from qnoise import cli
+from qnoise.commands import export as export_command
+from qnoise.commands.texts_argument import encoded
 from qnoise.config_file import write_config
-from qnoise.texts_argument import encoded
 
 CHECKPOINT = Path(__file__).parents[1] / "benchmarks" / "recovery" / "checkpoints" / "words-0"
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])

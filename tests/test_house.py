@@ -19,9 +19,7 @@ FLOORS: dict[str, int] = {
     "nn": 3, "faults": 3,
     "config": 4, "config_file": 4, "targets": 4, "patch": 4, "summary": 4,
     "noise_control": 5, "calibrate": 5, "plots": 5, "rl": 5, "sensitivity": 5, "repairs": 5,
-    "integrations": 6, "cli": 6,
-    "scan_command": 6, "repair_command": 6, "export_command": 6, "demo_command": 6, "env_command": 6,
-    "formats_command": 6, "model_argument": 6, "format_argument": 6, "output_argument": 6, "texts_argument": 6,
+    "integrations": 6, "commands": 6, "cli": 6,
     "__init__": 7, "__main__": 7,
 }  # fmt: skip
 

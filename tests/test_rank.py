@@ -14,7 +14,7 @@ import qnoise
 from benchmarks.recovery.data import prompt_ids, word_examples
 from benchmarks.recovery.policy import load_policy, model_path
 from qnoise import QuantSpec, cli
-from qnoise.repair_command import read_texts
+from qnoise.commands.repair import read_texts
 from qnoise.repairs import recipe as recipes
 from qnoise.repairs.cost import stored_bits
 from qnoise.repairs.divergence import divergence, keep

@@ -24,12 +24,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from qnoise.demo_command import add_demo
-from qnoise.env_command import add_env, environment, processor
-from qnoise.export_command import add_export
-from qnoise.formats_command import add_formats
-from qnoise.repair_command import add_repair
-from qnoise.scan_command import add_scan
+from qnoise.commands.demo import add_demo
+from qnoise.commands.env import add_env, environment, processor
+from qnoise.commands.export import add_export
+from qnoise.commands.formats import add_formats
+from qnoise.commands.repair import add_repair
+from qnoise.commands.scan import add_scan
 from qnoise.spelling import nearest
 
 __all__ = ["COMMANDS", "environment", "main", "processor"]

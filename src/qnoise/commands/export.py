@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qnoise.calibrate import calibrate_activations
+from qnoise.commands.format_argument import SPELLING, format_spec
+from qnoise.commands.model_argument import add_model, load_model, load_tokenizer, model_folder
+from qnoise.commands.output_argument import check_new_folder
+from qnoise.commands.texts_argument import add_texts, check_texts, encoded, read_texts
 from qnoise.config import PatchConfig
 from qnoise.config_file import FILE_NAME, read_config
-from qnoise.format_argument import SPELLING, format_spec
 from qnoise.integrations.export import export
-from qnoise.model_argument import add_model, load_model, load_tokenizer, model_folder
-from qnoise.output_argument import check_new_folder
 from qnoise.patch import patch_model, unpatch_model
 from qnoise.requirements import require
 from qnoise.sensitivity import Plan, ScanReport
-from qnoise.texts_argument import add_texts, check_texts, encoded, read_texts
 
 if TYPE_CHECKING:
     from qnoise.integrations.export import ExportReport

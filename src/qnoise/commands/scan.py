@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnoise.format_argument import SPELLING, format_spec
+from qnoise.commands.format_argument import SPELLING, format_spec
+from qnoise.commands.model_argument import add_model, checkpoint_path
+from qnoise.commands.output_argument import check_files
 from qnoise.formats import QuantSpec
-from qnoise.model_argument import add_model, checkpoint_path
-from qnoise.output_argument import check_files
 
 if TYPE_CHECKING:
     from qnoise.sensitivity import ScanReport

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qnoise.format_argument import format_name
-from qnoise.model_argument import add_model, device, load_model, load_tokenizer, model_folder
-from qnoise.output_argument import check_files, check_new_folder
-from qnoise.texts_argument import add_texts, check_texts, encoded, read_texts
+from qnoise.commands.format_argument import format_name
+from qnoise.commands.model_argument import add_model, device, load_model, load_tokenizer, model_folder
+from qnoise.commands.output_argument import check_files, check_new_folder
+from qnoise.commands.texts_argument import add_texts, check_texts, encoded, read_texts
 
 _EPILOG = """\
 example: qnoise repair ./model --fmt nvfp4 --inputs texts.jsonl --out ranking.json

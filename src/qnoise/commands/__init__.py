@@ -1,0 +1,1 @@
+"""The commands of `qnoise`, a file each, and the arguments they share."""
