@@ -20,11 +20,12 @@ from benchmarks.recovery.outcomes import pack
 from benchmarks.recovery.runner import Outcome, run_all
 from benchmarks.recovery.runs import Run
 from benchmarks.recovery.stages import QUICK, Stage
+from benchmarks.recovery.study.rows import METRICS
 
 SCHEMA = "qnoise-recovery-1"
 CURVES = (
-    "reward", "flexible", "strict", "entropy", "mismatch_kl", "mismatch_abs", "clip_fraction", "ppo_kl", "grad_norm",
-    "response_length", "truncated", "informative", "samples", "trained_samples", "sigma", "lr",
+    "reward", "flexible", "entropy", "mismatch_kl", "clip_fraction", "grad_norm", "response_length", "truncated",
+    "samples", "sigma",
 )  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def _evaluations(rows: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
             if row["event"] == event and row["step"] == step:
                 found[how] = {
                     "problems": len(row["flexible_outcomes"]),
-                    **{name: _packed(row[f"{name}_outcomes"]) for name in ("flexible", "strict")},
+                    **{name: _packed(row[f"{name}_outcomes"]) for name in METRICS[how]},
                     "length": round(row["response_length"], 2),
                 }
     return found
@@ -167,7 +168,7 @@ def _packed(digits: str) -> str:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
+    return None if value is None else float(f"{value:.4g}")
 
 
 def _short(arm: Arm) -> Arm:

@@ -25,7 +25,8 @@ FOLDER = RESULTS / "recovery"
 TASKS = ("words", "walks")
 STAGES = (*TASKS, "large", "arms", "tuning")
 HOWS = ("greedy", "sampled")
-METRICS = ("flexible", "strict")
+METRICS = {"greedy": ("flexible", "strict"), "sampled": ("flexible",)}
+"""What is kept of each evaluation, problem by problem."""
 
 Key = tuple[str, int]
 """(checkpoint, seed): runs that share it saw the same prompts and evaluation problems."""
@@ -209,7 +210,7 @@ def _check_evaluations(row: Row) -> None:
             count = found.get("problems", 0)
             if count < 1:
                 raise ValueError(f"{row.place}: {when} {how} has {count} problems; there must be at least one")
-            for metric in METRICS:
+            for metric in METRICS[how]:
                 digits = found.get(metric)
                 if not isinstance(digits, str) or len(digits) != -(-count // 4):
                     length = f"{len(digits)} digits" if isinstance(digits, str) else repr(digits)
