@@ -83,7 +83,7 @@ def test_the_real_preset_runs_on_a_local_model_and_a_local_file(tmp_path, capsys
     assert "MXFP4 + LoRA" in capsys.readouterr().out
     ((_, rows),) = log_rows(tmp_path / "runs").items()
     assert [row["event"] for row in rows] == ["evaluation", "step", "evaluation", "result"]
-    assert rows[1]["samples"] == 64  # two rounds, since few groups of this size are informative
+    assert 32 < rows[1]["samples"] <= 64  # a second round, since few groups of this size are informative
     assert main([*arguments, "--resume"]) == 0
     assert "is finished" in capsys.readouterr().out
 

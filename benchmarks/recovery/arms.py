@@ -44,7 +44,7 @@ class Arm:
     noise_during: tuple[str, ...] = ()
     sampling_stream: int = 0
     note: str = ""
-    spec: dict[str, Any] = field(default_factory=dict)  # further fields of the QuantSpec
+    spec: dict[str, Any] = field(default_factory=dict, hash=False)  # further fields of the QuantSpec
     act_fmt: str | None = None
     repairs: tuple[str, ...] = ()  # of `qnoise.repairs.recipe.STEPS`, in order
     adapter: Adapter = Adapter()
@@ -55,7 +55,7 @@ class Arm:
     importance_weights: bool = False
     keep_distilling: float = 0.0  # weight of KL(full-precision base || policy) in the loss
     one_level: bool = False  # the weights as the report's faulty NVFP4 had them
-    preset: dict[str, Any] = field(default_factory=dict)
+    preset: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name, allowed in (("noise", NOISES), ("tuning", TUNINGS)):
