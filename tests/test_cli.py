@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import qnoise
 from benchmarks.recovery import __main__ as recovery
+from interrupts import heed_interrupts
 from qnoise import cli, ops
 from qnoise.commands import demo as demo_command
 from qnoise.commands import env as env_command
@@ -343,6 +344,7 @@ def test_ctrl_c_ends_a_scan_cleanly(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     ) as process:
         part = tmp_path / "report.html.part"
         while process.poll() is None and (not part.exists() or part.stat().st_size < 10_000):

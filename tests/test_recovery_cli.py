@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.recovery.__main__ import main
 from benchmarks.recovery.policy import model_path
+from interrupts import heed_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["split=dev", "prompts_per_step=8", "num_generations=4", "eval_problems=12", "noise_stages=3"]
@@ -106,7 +107,7 @@ def test_ctrl_c_leaves_what_was_done_and_resume_gives_the_same_numbers(tmp_path)
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         return subprocess.Popen(
             [*command, *more], cwd=ROOT, env=environment, start_new_session=True, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed_interrupts,
         )  # fmt: skip
 
     whole = demo(tmp_path / "whole")
