@@ -63,23 +63,6 @@ class Stage:
 
 
 _AQN: dict[str, Any] = {"noise_during": ("rollout",)}
-# NVFP4 has an fp32 number a tensor beside its 4.5 bits; the results say what that makes.
-MXFP4_RECIPE = Arm(
-    "mxfp4+recipe",
-    "MXFP4 + LoRA, recipe",
-    "mxfp4",
-    spec={"scale_mode": "mse"},
-    repairs=("gptq",),
-    adapter=Adapter(steps=20),
-)
-NVFP4_RECIPE = Arm(
-    "nvfp4+recipe",
-    "NVFP4 + LoRA, recipe",
-    "nvfp4",
-    spec={"scale_mode": "mse"},
-    repairs=("gptq",),
-    adapter=Adapter(steps=20),
-)
 
 
 def _both(suffix: str, label: str, **fields: Any) -> tuple[Arm, Arm]:
@@ -88,6 +71,11 @@ def _both(suffix: str, label: str, **fields: Any) -> tuple[Arm, Arm]:
         Arm(f"nvfp4{suffix}", f"NVFP4 + LoRA{label}", "nvfp4", **fields),
     )
 
+
+# NVFP4 has an fp32 number a tensor beside its 4.5 bits; the results say what that makes.
+MXFP4_RECIPE, NVFP4_RECIPE = _both(
+    "+recipe", ", recipe", spec={"scale_mode": "mse"}, repairs=("gptq",), adapter=Adapter(steps=20)
+)
 
 CORE = (
     Arm("bf16", "BF16 + LoRA", None),

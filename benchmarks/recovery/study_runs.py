@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from benchmarks.recovery.outcomes import pack
 from benchmarks.recovery.runner import Outcome, run_all
 from benchmarks.recovery.runs import Run
 from benchmarks.recovery.stages import QUICK, Stage
-from benchmarks.recovery.study.rows import METRICS
+from benchmarks.recovery.study.rows import METRICS, SCHEMA
 
-SCHEMA = "qnoise-recovery-1"
 CURVES = (
     "reward", "flexible", "entropy", "mismatch_kl", "clip_fraction", "grad_norm", "response_length", "truncated",
     "samples", "sigma",
@@ -99,10 +99,12 @@ def line_of(run: Run, stage: str, command: str) -> dict[str, Any]:
     }
 
 
+@cache
 def code_hash() -> str:
     """Hash of what `benchmarks.recovery.train` imports of this benchmark, without comments and docstrings.
 
-    The library is not in it: its versions and the commit are in every line, and its tests hold its numbers.
+    Once for a process: its runs are those of the code it started with. The library is not in it: its versions and the
+    commit are in every line, and its tests hold its numbers.
     """
     digest = hashlib.blake2b(digest_size=8)
     for path in _imported("benchmarks.recovery.train"):

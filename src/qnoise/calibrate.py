@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from qnoise.config import PatchConfig
 from qnoise.formats import QuantSpec
 from qnoise.functional import rotate
-from qnoise.patch import patch_config, quiet
-from qnoise.sensitivity.batches import batches, call, evaluating, mask_of, tokens
+from qnoise.patch import patch_config
+from qnoise.sensitivity.batches import tokens, watch
 from qnoise.targets import decide
 
 
@@ -79,18 +79,7 @@ def calibrate_activations(model: nn.Module, inputs: Any, config: PatchConfig | N
         return see
 
     handles = [m.register_forward_pre_hook(before(d.name, d.act_spec), with_kwargs=True) for m, d in watched.items()]
-    count = 0
-    try:
-        with quiet(model), evaluating(model):
-            for batch in batches(inputs):
-                mask[0] = mask_of(batch)
-                call(model, batch)
-                count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not count:
-        raise ValueError("inputs holds no batch; give at least one (a tensor, a tuple of arguments or a mapping)")
+    watch(model, inputs, handles, mask)
     _check(amaxes, sorted({d.name for d in watched.values()} - amaxes.keys()))
     # A name is also a glob for what ends in it, and the last match wins: longer ones have to come later.
     return {name: float(amaxes[name]) for name in sorted(amaxes, key=lambda name: name.count("."))}

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from qnoise.names import canonical_name
 from qnoise.nn.linear import FakeQuantLinear, quantize_tokens
-from qnoise.patch import quiet
-from qnoise.sensitivity.batches import batches, call, evaluating, mask_of, tokens
+from qnoise.sensitivity.batches import batches, call, tokens, watch
 
 _SCHEMA = "qnoise-second-moments-1"
 _CHUNK = 1 << 13  # tokens that are multiplied at a time
@@ -185,20 +184,13 @@ def _collect(
     handles = [m.register_forward_pre_hook(hook(name), with_kwargs=True) for m, name in watched.items()]
     if stop_after is not None:
         handles.append(stop_after.register_forward_hook(stop))
-    count = 0
-    try:
-        with quiet(model), evaluating(model):
-            for batch in given:
-                mask[0] = mask_of(batch)
-                with contextlib.suppress(_Enough):
-                    call(model, batch)
-                _check_shared(moments)
-                count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not count:
-        raise ValueError("inputs holds no batch; give at least one (a tensor, a tuple of arguments or a mapping)")
+
+    def run(of: nn.Module, batch: Any) -> None:
+        with contextlib.suppress(_Enough):
+            call(of, batch)
+        _check_shared(moments)
+
+    watch(model, given, handles, mask, run)
     means: dict[int, Tensor] = {}
     for each in moments.values():
         if each.sum is not None and id(each) not in means:

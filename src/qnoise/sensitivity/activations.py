@@ -18,8 +18,7 @@ from qnoise.faults import repeated_layers
 from qnoise.formats import QuantSpec
 from qnoise.functional import fake_quantize
 from qnoise.nn.packed import PackedLinear
-from qnoise.patch import quiet
-from qnoise.sensitivity.batches import batches, call, evaluating, mask_of, tokens
+from qnoise.sensitivity.batches import tokens, watch
 from qnoise.sensitivity.figures import CHUNK, Figures
 from qnoise.sensitivity.rows import Finding, ScanRow
 from qnoise.sensitivity.weights import contraction_axes, dtype_name, make_row, raw_weight, whole
@@ -102,18 +101,7 @@ def scan_activations(
 
     handles = [m.register_forward_pre_hook(before(n, m), with_kwargs=True) for n, m in linears.items()]
     handles += [m.register_forward_hook(after(n)) for n, m in repeated_layers(model)]
-    count = 0
-    try:
-        with quiet(model), evaluating(model):
-            for batch in batches(inputs):
-                mask[0] = mask_of(batch)
-                call(model, batch)
-                count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not count:
-        raise ValueError("inputs holds no batch; give at least one (a tensor, a tuple of arguments or a mapping)")
+    watch(model, inputs, handles, mask)
     rows = [
         make_row(name, kind, (each.tokens, each.width), dtype_name(each.dtype), figures, thresholds)
         for (name, kind), each in gathered.items()

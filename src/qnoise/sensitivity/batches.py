@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qnoise.patch import quiet
 
 
 def batches(inputs: Any) -> Iterator[Any]:
@@ -39,6 +42,37 @@ def tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and tuple(x.shape[:-1]) in (tuple(mask.shape), (mask.numel(),)):
         return rows[mask.to(x.device).reshape(-1) != 0]
     return rows
+
+
+def watch(
+    model: nn.Module,
+    inputs: Any,
+    handles: Iterable[RemovableHandle],
+    mask: list[Tensor | None],
+    run: Callable[[nn.Module, Any], Any] = call,
+) -> None:
+    """Run every batch through the model, quiet and evaluating, and take the hooks off again whatever happens.
+
+    Args:
+        handles: of the hooks that look on.
+        mask: its one element is the mask of the batch that runs, for the hooks.
+        run: what is done with a batch.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    count = 0
+    try:
+        with quiet(model), evaluating(model):
+            for batch in batches(inputs):
+                mask[0] = mask_of(batch)
+                run(model, batch)
+                count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not count:
+        raise ValueError("inputs holds no batch; give at least one (a tensor, a tuple of arguments or a mapping)")
 
 
 @contextmanager
