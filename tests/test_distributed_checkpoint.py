@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import qnoise
 from qnoise.nn.linear import FakeQuantLinear
 from qnoise.schedules import Linear
+from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model, with_lora
 
 pytestmark = pytest.mark.slow
@@ -113,14 +113,8 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def meet(rank: int, world: int, address: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-
-
 def uninterrupted(rank: int, world: int, directory: Path) -> None:
     """Train each case to the end, with a checkpoint on the way."""
-    meet(rank, world, f"file://{directory / f'meet-{world}'}")
     for case in CASES:
         run = Run(case, seed=0)
         run.train(range(SAVED_AFTER))
@@ -128,14 +122,11 @@ def uninterrupted(rank: int, world: int, directory: Path) -> None:
         losses, state = run.train(range(SAVED_AFTER, STEPS)), run.whole()
         if rank == 0:
             torch.save((losses, state), directory / f"{case.name}-{world}.end")
-    dist.destroy_process_group()
 
 
-def resumed(rank: int, world: int, directory: Path, saved_from: int) -> None:
-    meet(rank, world, f"file://{directory / f'meet-{saved_from}-{world}'}")
+def resumed(_rank: int, world: int, directory: Path, saved_from: int) -> None:
     for case in CASES:
         check_resumed(case, directory, saved_from, exact=world == saved_from)
-    dist.destroy_process_group()
 
 
 def check_resumed(case: Case, directory: Path, saved_from: int, exact: bool) -> None:
@@ -156,13 +147,13 @@ def directory(tmp_path_factory) -> Path:
     """Runs of 2 and of 4 processes, and their checkpoints."""
     made = tmp_path_factory.mktemp("runs")
     for world in (2, 4):
-        mp.spawn(uninterrupted, args=(world, made), nprocs=world)
+        run_ranks(uninterrupted, world, made / f"meet-{world}", world, made)
     return made
 
 
 @pytest.mark.parametrize(("saved_from", "world"), [(2, 2), (2, 4), (4, 2)])
 def test_the_run_goes_on(directory, saved_from: int, world: int) -> None:
-    mp.spawn(resumed, args=(world, directory, saved_from), nprocs=world)
+    run_ranks(resumed, world, directory / f"meet-{saved_from}-{world}", world, directory, saved_from)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

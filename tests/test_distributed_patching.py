@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import qnoise
 from qnoise.schedules import Constant
+from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model, with_lora
 
 pytestmark = pytest.mark.slow
@@ -61,15 +61,6 @@ def one_process(full: bool, steps: int = 2):
     return losses, grads, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def worker(rank: int, world: int, way: str, full: bool, address: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    try:
-        compare(rank, world, way, full)
-    finally:
-        dist.destroy_process_group()
-
-
 def compare(rank: int, world: int, way: str, full: bool) -> None:
     losses, grads, parameters = one_process(full)
     model = policy(full)
@@ -115,7 +106,7 @@ def compare(rank: int, world: int, way: str, full: bool) -> None:
 @pytest.mark.parametrize("way", ["ddp", "fully_shard"])
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_equal_to_one_process(tmp_path, world: int, way: str, full: bool) -> None:
-    mp.spawn(worker, args=(world, way, full, f"file://{tmp_path / 'meet'}"), nprocs=world)
+    run_ranks(compare, world, tmp_path / "meet", world, way, full)
 
 
 def test_one_process_can_fail() -> None:

@@ -8,13 +8,13 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qnoise import rl
 from qnoise.rl.losses import LOSS_AGG_MODES
+from tests.ranks import run_ranks
 
 ROWS, TOKENS, VOCABULARY = 7, 6, 11
 WORLD = 2
@@ -115,36 +115,31 @@ def test_without_the_number_of_items_the_parts_are_not_the_whole(mode):
 
 def one_rank(rank: int, folder: str) -> None:
     """What a data-parallel trainer does: count the items of all ranks, divide by the ranks, let DDP average."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
-        batch, results = whole_batch(), {}
-        for split in SPLITS:
-            own = rows(batch, 0, split[0]) if rank == 0 else rows(batch, split[0], ROWS)
-            for mode in LOSS_AGG_MODES:
-                model = DistributedDataParallel(Policy())
-                count = items(own["mask"], mode)
-                dist.all_reduce(count)
-                loss = torch.zeros((), dtype=torch.float64)
-                # Two micro-batches on rank 0, one on rank 1; gradients travel with the last one.
-                cuts = [0, split[0] // 2, split[0]] if rank == 0 else [0, split[1]]
-                for start, stop in itertools.pairwise(cuts):
-                    with contextlib.nullcontext() if stop == cuts[-1] else model.no_sync():
-                        part = loss_of(model, rows(own, start, stop), mode, count / WORLD)
-                        part.backward()
-                    loss += part.detach()
-                dist.all_reduce(loss)
-                key = f"{split[0]} {mode}"
-                results[f"{key} loss"] = loss / WORLD
-                for number, parameter in enumerate(model.parameters()):
-                    results[f"{key} {number}"] = parameter.grad
-        save_file(results, f"{folder}/{rank}.safetensors")
-    finally:
-        dist.destroy_process_group()
+    batch, results = whole_batch(), {}
+    for split in SPLITS:
+        own = rows(batch, 0, split[0]) if rank == 0 else rows(batch, split[0], ROWS)
+        for mode in LOSS_AGG_MODES:
+            model = DistributedDataParallel(Policy())
+            count = items(own["mask"], mode)
+            dist.all_reduce(count)
+            loss = torch.zeros((), dtype=torch.float64)
+            # Two micro-batches on rank 0, one on rank 1; gradients travel with the last one.
+            cuts = [0, split[0] // 2, split[0]] if rank == 0 else [0, split[1]]
+            for start, stop in itertools.pairwise(cuts):
+                with contextlib.nullcontext() if stop == cuts[-1] else model.no_sync():
+                    part = loss_of(model, rows(own, start, stop), mode, count / WORLD)
+                    part.backward()
+                loss += part.detach()
+            dist.all_reduce(loss)
+            key = f"{split[0]} {mode}"
+            results[f"{key} loss"] = loss / WORLD
+            for number, parameter in enumerate(model.parameters()):
+                results[f"{key} {number}"] = parameter.grad
+    save_file(results, f"{folder}/{rank}.safetensors")
 
 
 def test_two_processes(tmp_path):
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=WORLD)
+    run_ranks(one_rank, WORLD, tmp_path / "meet", str(tmp_path))
     ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(WORLD)]
     for mode in LOSS_AGG_MODES:
         want_loss, want = reference(mode)

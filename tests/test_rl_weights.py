@@ -1,4 +1,3 @@
-import os
 import warnings
 
 import pytest
@@ -9,6 +8,7 @@ import qnoise
 from patching import assert_same, logits, snapshot
 from qnoise.nn import weight_cache
 from qnoise.rl import rollout_weights
+from ranks import run_ranks
 from tiny_models import tiny_model, with_lora
 
 KINDS = [("qwen2", True), ("qwen2", False), ("gemma2", True), ("phi3", False), ("gpt_neox", False)]
@@ -377,12 +377,10 @@ def test_noise_before_quantization_cannot_be_raw():
         rollout_weights(model, quantized=False)
 
 
-def _sharded(rank: int, world: int, file: str) -> None:
-    import torch.distributed as dist
+def _sharded(rank: int, world: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     model = lora(noisy(tiny_model(), fmt="nvfp4"))
     want = {name: tensor.clone() for name, tensor in rollout_weights(model)}
@@ -395,9 +393,8 @@ def _sharded(rank: int, world: int, file: str) -> None:
         assert list(got) == list(want)
         assert all(torch.equal(got[name], want[name]) for name in want)
     assert all(hasattr(p, "full_tensor") for p in model.parameters()), "sharded again"
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_fully_sharded(tmp_path):
-    torch.multiprocessing.spawn(_sharded, (2, os.fspath(tmp_path / "store")), nprocs=2)
+    run_ranks(_sharded, 2, tmp_path / "meet", 2)
