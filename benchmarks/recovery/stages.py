@@ -20,7 +20,7 @@ WORDS = Preset(
     model="checkpoints/study-words-{checkpoint}",
     checkpoints=3,
     eval_problems=6000,
-    initial_problems=1500,
+    initial_problems=500,
     sampled_evaluation=True,
     steps=24,
     prompts_per_step=32,
@@ -33,7 +33,7 @@ WORDS = Preset(
     generation_batch=500,
     lora_rank=8,
     lora_alpha=16,
-    lr=1e-3,
+    lr=2e-3,
     lr_decay="linear",
     warmup=2,
     save_every=4,
@@ -125,22 +125,23 @@ OTHERS = (
     *_both("-folded", ", scales folded", repairs=("fold_scales",)),
     *_both("-gptq", ", GPTQ", spec={"scale_mode": "mse"}, repairs=("gptq",)),
     *_both("-residual-lora", ", LoRA from the residual", adapter=Adapter("weighted")),
-    *_both("-principal", ", LoRA from the principal part", adapter=Adapter("principal", turns=5), preset={"lr": 5e-4}),
+    *_both("-principal", ", LoRA from the principal part", adapter=Adapter("principal", turns=5), preset={"lr": 1e-3}),
     *_both("-distilled", ", LoRA distilled", adapter=Adapter(steps=60)),
     *_both("-keep-distilling", ", distilled during RL", keep_distilling=0.1),
     _one("bf16-keep-distilling", "BF16 + LoRA, KL to the base", None, keep_distilling=0.1),
     _one("bf16-warm-start", "BF16 + LoRA, the recipe's adapter taken out of the base", None, borrow=MXFP4_RECIPE),
 )
 
-DEV = dataclasses.replace(WORDS, name="study-tuning", split="dev", eval_problems=2000, initial_problems=500)
+DEV = dataclasses.replace(WORDS, name="study-tuning", split="dev", eval_problems=2000)
 _FAMILIES = ("bf16", "mxfp4", "nvfp4", "mxfp4+recipe", "nvfp4+recipe")
 _CANDIDATES: dict[str, dict[str, Any]] = {
     "gptq": {"repairs": ("gptq",)},
-    "folded+gptq": {"repairs": ("fold_scales", "gptq")},
-    "principal": {"adapter": Adapter("principal", turns=5)},
     "gptq+distilled-60": {"repairs": ("gptq",), "adapter": Adapter(steps=60)},
     "folded+gptq+distilled-20": {"repairs": ("fold_scales", "gptq"), "adapter": Adapter(steps=20)},
-    "principal+distilled-20": {"adapter": Adapter("principal", turns=5, steps=20, lr=1e-4)},
+    "principal+distilled-20": {
+        "adapter": Adapter("principal", turns=5, steps=20, lr=1e-4),
+        "preset": {"lr": 1e-3},  # such a start multiplies the effective rate
+    },
 }
 
 
@@ -149,14 +150,13 @@ def _at(arm: Arm, lr: float) -> Arm:
 
 
 TUNING = (
-    *(_at(arm, lr) for arm in CORE if arm.name in _FAMILIES for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
-    *(_at(arm, lr) for arm in OTHERS if arm.name in ("bf16-full", "mxfp4-full") for lr in (1e-4, 2e-4, 4e-4)),
+    *(_at(arm, lr) for arm in CORE if arm.name in _FAMILIES for lr in (1e-3, 2e-3, 4e-3)),
     *(
         Arm(f"{fmt}+{name}", f"{fmt.upper()}: {name}", fmt, spec={"scale_mode": "mse"}, **fields)
         for fmt in ("mxfp4", "nvfp4")
         for name, fields in _CANDIDATES.items()
     ),
-    _one("bf16-longer", "BF16 + LoRA, more steps", None, preset={"steps": 28}),
+    *(_at(arm, lr) for arm in OTHERS if arm.name in ("bf16-full", "mxfp4-full") for lr in (1e-4, 2e-4, 4e-4)),
 )
 """What learning rates and recipes are chosen from."""
 
