@@ -39,6 +39,13 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}, line {line}: not JSON ({error}); the file is cut off or damaged") from error
 
 
+def drop_half_line(path: Path) -> None:
+    """Cut off half a line at the end of a file, which a process left that died while it wrote."""
+    raw = path.read_bytes()
+    if not raw.endswith(b"\n"):
+        path.write_bytes(raw[: raw.rfind(b"\n") + 1])
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """One object a line; blank lines are skipped.
 

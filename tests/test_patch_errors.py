@@ -47,7 +47,12 @@ BAD = [
         "include names 'q_prj', which matches no linear or norm.*Did you mean 'q_proj'.*model.layers.0",
     ),
     ({"exclude": ["o_prj"]}, ValueError, "exclude names 'o_prj'"),
-    ({"layers": [7]}, ValueError, "layers names '7'"),
+    (
+        {"layers": [7]},
+        ValueError,
+        "layers names 7, and there is no such layer in Qwen2ForCausalLM: it has layers 0 to 1",
+    ),
+    ({"noise": qnoise.NoiseConfig(layers=2)}, ValueError, "noise layers names 2.*it has layers 0 to 1"),
     ({"layers": ["1"]}, ValueError, "layer indices"),
     ({"exclude": "*"}, ValueError, "no linear of Qwen2ForCausalLM would be quantized.*excluded"),
     ({"fmt": None}, ValueError, "nothing to patch"),

@@ -52,7 +52,7 @@ def test_outcomes_survive_the_file():
     random.seed(0)
     for count in (1, 4, 7, 2000):
         right = [random.random() < 0.5 for _ in range(count)]
-        assert unpack(pack(right), count) == [int(each) for each in right]
+        assert unpack(pack(right), count).tolist() == [int(each) for each in right]
     assert pack([True, False, False, False, True]) == "88"
 
 

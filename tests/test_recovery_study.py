@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.recovery import outcomes, stages
+from benchmarks.recovery import stages
 from benchmarks.recovery.study import bootstrap, claims, figures, page, power, student, tables
 from benchmarks.recovery.study.bootstrap import Bootstrap, Difference, pooled
 from benchmarks.recovery.study.chance import Chance, chance, holm
-from benchmarks.recovery.study.rows import HOWS, STAGES, TASKS, config_hash, stage, unpack, with_baselines
+from benchmarks.recovery.study.rows import HOWS, STAGES, TASKS, config_hash, stage, with_baselines
 from recovery_results import policies, row, write
 
 ROOT = Path(__file__).parents[1]
@@ -141,13 +141,6 @@ def test_tuning_may_try_settings_and_code_but_no_run_twice(tmp_path):
     write(tmp_path, [first, second, second])
     with pytest.raises(ValueError, match="line 3, arm 'bf16': seed 100 stands in"):
         stage("tuning", tmp_path)
-
-
-def test_outcomes_are_read_as_they_were_packed():
-    rng = np.random.default_rng(0)
-    for count in (1, 4, 7, 9, 401):
-        right = rng.integers(2, size=count).tolist()
-        assert unpack(outcomes.pack(right), count).tolist() == right == outcomes.unpack(outcomes.pack(right), count)
 
 
 def test_student_has_the_values_of_the_tables():

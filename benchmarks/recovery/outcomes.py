@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def pack(outcomes: Sequence[bool]) -> str:
     """Outcomes as hexadecimal digits, four problems each, the first in the highest bit; filled up with zeros."""
@@ -12,6 +14,7 @@ def pack(outcomes: Sequence[bool]) -> str:
     return "".join(f"{int(bits[i : i + 4], 2):x}" for i in range(0, len(bits), 4))
 
 
-def unpack(digits: str, count: int) -> list[int]:
-    """The outcomes that `pack` wrote, as 0 and 1."""
-    return [int(bit) for digit in digits for bit in f"{int(digit, 16):04b}"][:count]
+def unpack(digits: str, count: int) -> np.ndarray:
+    """The outcomes that `pack` wrote: (count,) uint8 of 0 and 1."""
+    padded = digits + "0" * (len(digits) % 2)
+    return np.unpackbits(np.frombuffer(bytes.fromhex(padded), np.uint8))[:count]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.environment import environment, git_commit
-from benchmarks.files import read_jsonl
+from benchmarks.files import drop_half_line, read_jsonl
 from benchmarks.recovery.arms import Adapter
 from benchmarks.recovery.data import Example, word_examples
 from benchmarks.recovery.evaluate import evaluate
@@ -270,9 +270,7 @@ def _read(path: Path | None, settings: Settings, command: str) -> dict[tuple[str
     if path is None or not path.is_file():
         _append(path, header)
         return {}
-    raw = path.read_bytes()
-    if not raw.endswith(b"\n"):  # a line that was cut off when the run was stopped
-        path.write_bytes(raw[: raw.rfind(b"\n") + 1])
+    drop_half_line(path)
     lines = read_jsonl(path)
     if not lines or lines[0].get("schema") != SCHEMA:
         raise ValueError(f"{path} is no result of this benchmark; name another file")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
+from benchmarks.files import drop_half_line, read_jsonl
 from benchmarks.recovery.arms import Arm
 from benchmarks.recovery.outcomes import pack
 from benchmarks.recovery.runner import Outcome, run_all
@@ -142,14 +143,11 @@ def _bare(tree: ast.Module) -> ast.Module:
 
 
 def _kept(results: Path) -> dict[str, dict[str, Any]]:
-    """Run -> its line. Half a line at the end, from a process that died, is cut off."""
+    """Run -> its line."""
     if not results.is_file():
         return {}
-    raw = results.read_bytes()
-    if not raw.endswith(b"\n"):
-        results.write_bytes(raw[: raw.rfind(b"\n") + 1])
-    lines = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
-    return {line["run"]: line for line in lines}
+    drop_half_line(results)
+    return {line["run"]: line for line in read_jsonl(results)}
 
 
 def _evaluations(rows: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:

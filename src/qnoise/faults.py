@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qnoise.names import canonical_name, layer_index, matches
+from qnoise.names import canonical_name, check_layer, layer_index, matches
 from qnoise.nn.linear import FakeQuantLinear
 from qnoise.nn.packed import PackedLinear
 from qnoise.nn.patched import PHASES, Patched
@@ -329,12 +329,8 @@ def _chosen(
                 raise ValueError(f"{argument} names {glob!r}, which matches no module of {type(model).__name__}.{hint}")
     if layers is not None:
         indices = (layers,) if isinstance(layers, int) else tuple(layers)
-        present = {layer_index(name) for name in names}
         for index in indices:
-            if index not in present:
-                there = sorted(each for each in present if each is not None)
-                has = f"it has layers {there[0]} to {there[-1]}" if there else "it has none"
-                raise ValueError(f"layers names {index!r}, and there is no such layer in {type(model).__name__}: {has}")
+            check_layer(index, names, model)
         wanted = [(name, module) for name, module in wanted if layer_index(name) in indices]
     wanted = [(name, module) for name, module in wanted if not any(matches(name, glob) for glob in exclude)]
     if not wanted:

@@ -7,6 +7,7 @@ stock model. PEFT, DDP, FSDP, activation checkpointing and `torch.compile` inser
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 # Components that wrappers insert anywhere in a path.
@@ -42,6 +43,14 @@ def layer_index(name: str) -> int | None:
     12
     """
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def check_layer(index: int, names: Iterable[str], model: object, argument: str = "layers") -> None:
+    """Raises ValueError, naming the layers there are, if no canonical name lies in the layer `index` of `model`."""
+    there = sorted({layer for name in names if (layer := layer_index(name)) is not None})
+    if index not in there:
+        has = f"it has layers {there[0]} to {there[-1]}" if there else "it has none"
+        raise ValueError(f"{argument} names {index!r}, and there is no such layer in {type(model).__name__}: {has}")
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -35,7 +35,7 @@ from qnoise.nn.readers import ReaderRecord, reader_class
 from qnoise.nn.sharding import check_whole, check_whole_model, local_part
 from qnoise.packing import BlockQuantized
 from qnoise.spelling import check_choice, nearest
-from qnoise.targets import CONVERTIBLE_LINEARS, Decision, decide, matrix_specs, unmatched_patterns
+from qnoise.targets import CONVERTIBLE_LINEARS, Decision, check_layers, decide, matrix_specs, unmatched_patterns
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -290,6 +290,7 @@ def patch_config(model: nn.Module) -> PatchConfig | None:
 
 
 def _check(model: nn.Module, config: PatchConfig, decisions: list[Decision]) -> None:
+    check_layers(model, decisions, config)
     wrong = unmatched_patterns(decisions, config)
     if wrong:
         argument, value = wrong[0]

@@ -18,7 +18,7 @@ from torch import nn
 
 from qnoise.config import NoiseConfig, PatchConfig
 from qnoise.formats import QuantSpec
-from qnoise.names import canonical_name, layer_index, matches
+from qnoise.names import canonical_name, check_layer, layer_index, matches
 from qnoise.nn.linear import FakeQuantLinear
 from qnoise.nn.matrices import FakeQuantMatrices, matrix_axes
 from qnoise.nn.norm import NoisyRMSNorm, is_rms_norm
@@ -116,7 +116,6 @@ def unmatched_patterns(decisions: list[Decision], config: PatchConfig) -> list[t
     """(argument, pattern) pairs that no linear or norm of the model matches: misspelt, most likely."""
     names = [d.name for d in decisions if d.reason != "adapter matrix"]
     names += [f"{d.name}.{key}" for d in decisions if d.kind == "experts" for key in _matrix_names(d.module)]
-    layers = {layer_index(name) for name in names}
     filters: list[tuple[str, PatchConfig | NoiseConfig]] = [("", config)]
     if config.noise_config is not None:
         filters.append(("noise ", config.noise_config))
@@ -125,8 +124,15 @@ def unmatched_patterns(decisions: list[Decision], config: PatchConfig) -> list[t
     for prefix, each in filters:
         for argument, globs in (("include", each.include or ()), ("exclude", each.exclude)):
             wrong += [(prefix + argument, glob) for glob in globs if not any(matches(n, glob) for n in names)]
-        wrong += [(prefix + "layers", str(layer)) for layer in each.layers or () if layer not in layers]
     return wrong
+
+
+def check_layers(model: nn.Module, decisions: list[Decision], config: PatchConfig) -> None:
+    """Raises ValueError for a layer that the config names and the model has not."""
+    names = [d.name for d in decisions]
+    for argument, each in (("layers", config), ("noise layers", config.noise_config)):
+        for layer in (each.layers if each is not None else None) or ():
+            check_layer(layer, names, model, argument)
 
 
 def _decide_linear(

@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.files import RESULTS, read_jsonl
 from benchmarks.recovery.choices import hint
+from benchmarks.recovery.outcomes import unpack
 
 SCHEMA = "qnoise-recovery-1"
 FOLDER = RESULTS / "recovery"
@@ -104,12 +105,6 @@ class Stage:
         if not arms or any(arm not in found for arm in arms):
             return []
         return sorted(set.intersection(*(set(found[arm]) for arm in arms)))
-
-
-def unpack(digits: str, count: int) -> np.ndarray:
-    """What `outcomes.pack` wrote: (count,) uint8 of 0 and 1."""
-    padded = digits + "0" * (len(digits) % 2)
-    return np.unpackbits(np.frombuffer(bytes.fromhex(padded), np.uint8))[:count]
 
 
 def config_hash(config: dict[str, Any]) -> str:
