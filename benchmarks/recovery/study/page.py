@@ -113,6 +113,22 @@ def benchmark(folder: Path = FOLDER) -> list[Part]:
     return [table, note]
 
 
+def summary(folder: Path = FOLDER) -> list[Part]:
+    """The core arms on both tasks, for README."""
+    found = [source for name, source in sources(folder).items() if name in TASKS]
+    if not found:
+        return [not_run("words")]
+    arms = [arm for arm in CORE if not arm.endswith("-aa")]
+    runs = [f"{each.stage.name} {len(each.stage.arms['bf16'])}" for each in found if "bf16" in each.stage.arms]
+    note = (
+        "Flexible accuracy after RL in percent, greedy and sampled, mean over paired runs "
+        f"({', '.join(runs)} an arm), and the difference to bf16 in points with its 95 % interval over checkpoints, "
+        "seeds and problems. `+aqn`: noise as in the report. `-cost`: bf16 with as many more RL steps as the "
+        f"recipe costs. {_made(tuple(row for each in found for row in each.stage.rows))}"
+    )
+    return [tables.summary(found, arms), note, claims.stays_open(sources(folder))]
+
+
 def by_chance(folder: Path = FOLDER) -> list[Part]:
     """The A/A arms, and the noise arms among them."""
     parts: list[Part] = []
@@ -189,6 +205,7 @@ def _bullets(lines: list[str]) -> str:
 PARTS: dict[str, Callable[[], list[Part]]] = {
     "recovery-power": planned,
     "recovery-benchmark": benchmark,
+    "recovery-summary": summary,
     **{f"recovery-{name}": partial(cell, name) for name in CELLS},
     "recovery-chance": by_chance,
     "recovery-recipes": recipes,

@@ -68,6 +68,29 @@ def accuracy(stage: Stage) -> Table:
     return header, cells
 
 
+def summary(sources: Sequence[Bootstrap], arms: Sequence[str]) -> Table:
+    """In few columns: accuracy at the end, and the paired difference to the bf16 arm, of these arms in every stage."""
+    header = ["arm", "bits"]
+    for source in sources:
+        header += [f"{source.stage.name}: {words}" for how in HOWS for words in (how, "− bf16")]
+    cells = []
+    for arm in arms:
+        present = [source for source in sources if arm in source.stage.arms]
+        if not present:
+            continue
+        bits = _mean(row.data["bits_per_weight"] for source in present for row in source.stage.arms[arm].values())
+        line = [f"`{arm}`", f"{bits:.4g}"]
+        for source in sources:
+            found = list(source.stage.arms.get(arm, {}).values())
+            other = reference(source.stage, arm) if found else None
+            for how in HOWS:
+                end = _mean(row.accuracy("final", how) for row in found)
+                line.append(_shown(end, ".1f"))
+                line.append(points(source.difference({arm: 1, other: -1}, how)) if other else "–")
+        cells.append(line)
+    return header, cells
+
+
 def against_full_precision(source: Bootstrap) -> Table:
     """Paired differences to the bf16 arm, with both intervals."""
     header = ["arm", "greedy − bf16", "t", "sampled − bf16", "t", "detectable, greedy"]
