@@ -136,6 +136,7 @@ DEV = dataclasses.replace(WORDS, name="study-tuning", split="dev", eval_problems
 _FAMILIES = ("bf16", "mxfp4", "nvfp4", "mxfp4+recipe", "nvfp4+recipe")
 _CANDIDATES: dict[str, dict[str, Any]] = {
     "gptq": {"repairs": ("gptq",)},
+    "folded+gptq": {"repairs": ("fold_scales", "gptq")},
     "gptq+distilled-60": {"repairs": ("gptq",), "adapter": Adapter(steps=60)},
     "folded+gptq+distilled-20": {"repairs": ("fold_scales", "gptq"), "adapter": Adapter(steps=20)},
     "principal+distilled-20": {
