@@ -108,6 +108,13 @@ def _one(name: str, label: str, fmt: str | None, **fields: Any) -> Arm:
 
 
 FULL_LR = 2e-4
+_GPTQ_DISTILLED = _both(
+    "-gptq-distilled",
+    ", GPTQ, LoRA distilled",
+    spec={"scale_mode": "mse"},
+    repairs=("gptq",),
+    adapter=Adapter(steps=20),
+)
 OTHERS = (
     *(_sigma(start, start / 100) for start in (0.001, 0.005, 0.05, 0.1)),
     *(
@@ -138,14 +145,8 @@ OTHERS = (
     *_both("-distilled", ", LoRA distilled", adapter=Adapter(steps=60)),
     *_both("-keep-distilling", ", distilled during RL", keep_distilling=0.1),
     _one("bf16-keep-distilling", "BF16 + LoRA, KL to the base", None, keep_distilling=0.1),
-    *_both(
-        "-gptq-distilled",
-        ", GPTQ, LoRA distilled",
-        spec={"scale_mode": "mse"},
-        repairs=("gptq",),
-        adapter=Adapter(steps=20),
-    ),
-    _one("bf16-warm-start", "BF16 + LoRA, the recipe's adapter taken out of the base", None, borrow=MXFP4_RECIPE),
+    *_GPTQ_DISTILLED,
+    _one("bf16-warm-start", "BF16 + LoRA, a distilled adapter taken out of the base", None, borrow=_GPTQ_DISTILLED[0]),
 )
 
 DEV = dataclasses.replace(WORDS, name="study-tuning", split="dev", eval_problems=2000)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -301,9 +302,13 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+_WHICH_PART = re.compile(r" --(arms|seeds|workers)( [^-\s]\S*)+")
+"""Options of a command that choose among a stage's runs, and do not change what a run is."""
+
+
 def provenance(rows: tuple[Row, ...] | list[Row]) -> str:
     """Commands, versions, device, commit and code of these rows, in one line."""
-    commands = sorted({row.data["command"] for row in rows})
+    commands = sorted({_WHICH_PART.sub("", row.data["command"]) for row in rows})
     commits = sorted({row.data["commit"][:12] + "+changes" * ("+" in row.data["commit"]) for row in rows})
     torch = sorted({str(row.data["versions"].get("torch", "?")) for row in rows})
     parts = [

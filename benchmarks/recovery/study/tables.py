@@ -270,16 +270,19 @@ def _chance_row(arm: str, how: str, difference: Difference, aa: Chance) -> list[
 
 def tuning(stage: Stage) -> Table:
     """What the settings were chosen by: a line for each arm and set of settings, on problems of the stream "dev"."""
-    header = ["arm", "settings that differ", "runs", "greedy end", "sampled end"]
+    header = ["arm", "settings that differ", "runs", "greedy end", "sampled end", "mean of both"]
     groups: dict[tuple[str, str], list[Row]] = {}
     varying = _varying(stage.rows)
     for row in stage.rows:
         words = ", ".join(f"{name} {row.preset.get(name, '–')}" for name in varying)
         groups.setdefault((row.arm, words), []).append(row)
     cells = [
-        [f"`{arm}`", words or "–", str(len(found)), *(_percent(found, "final", how) for how in HOWS)]
-        for (arm, words), found in groups.items()
-    ]
+        [
+            f"`{arm}`", words or "–", str(len(found)), *(_percent(found, "final", how) for how in HOWS),
+            _shown(_mean(row.accuracy("final", how) for row in found for how in HOWS), ".2f"),
+        ]
+        for (arm, words), found in sorted(groups.items())
+    ]  # fmt: skip
     return header, cells
 
 
