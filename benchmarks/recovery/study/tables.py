@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from benchmarks.recovery.study import student
 from benchmarks.recovery.study.bootstrap import GAP, LEVEL, Bootstrap, Difference, Share
@@ -68,11 +68,15 @@ def accuracy(stage: Stage) -> Table:
     return header, cells
 
 
-def summary(sources: Sequence[Bootstrap], arms: Sequence[str]) -> Table:
-    """In few columns: accuracy at the end, and the paired difference to the bf16 arm, of these arms in every stage."""
+def summary(sources: Sequence[Bootstrap], arms: Sequence[str], reported: Mapping[str, str]) -> Table:
+    """In few columns: accuracy at the end, and the paired difference to the bf16 arm, of these arms in every stage.
+
+    `reported`: what others say of an arm, under their own conditions.
+    """
     header = ["arm", "bits"]
     for source in sources:
         header += [f"{source.stage.name}: {words}" for how in HOWS for words in (how, "− bf16")]
+    header.append("reported, not reproduced")
     cells = []
     for arm in arms:
         present = [source for source in sources if arm in source.stage.arms]
@@ -87,7 +91,7 @@ def summary(sources: Sequence[Bootstrap], arms: Sequence[str]) -> Table:
                 end = _mean(row.accuracy("final", how) for row in found)
                 line.append(_shown(end, ".1f"))
                 line.append(points(source.difference({arm: 1, other: -1}, how)) if other else "–")
-        cells.append(line)
+        cells.append([*line, reported.get(arm, "–")])
     return header, cells
 
 
