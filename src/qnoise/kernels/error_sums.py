@@ -1,7 +1,7 @@
 """The compiled way to the figures of an error: `error_sums.c`, one pass over a matrix and its reconstruction.
 
 The definitions are those of ``metrics.py``; ``sensitivity/figures.py`` computes the same sums in PyTorch where this
-path does not serve. Built, kept and turned off as ``native.py`` says, and never without it.
+path does not serve. Built and kept as ``compiler.py`` says, turned off with ``native.py``, and never without it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..formats import QuantSpec
 from . import native
+from .compiler import compiled
 
 FIELDS = (
     "x", "x2", "x3", "x4", "e2", "abs_error", "relative", "dead", "clipped", "clipped_blocks", "crest",
@@ -169,7 +170,7 @@ def _library() -> ctypes.CDLL | None:
         with _lock:
             if not _loaded:
                 try:
-                    _loaded.append(native.compiled(_SOURCE, _bind)[0])
+                    _loaded.append(compiled(_SOURCE, _bind)[0])
                 except OSError:
                     _loaded.append(None)  # a compiler without vector extensions: PyTorch serves
     return _loaded[0]
