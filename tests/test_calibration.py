@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import qnoise
 from qnoise.nn import FakeQuantLinear
-from qnoise.nn.linear import quantize_tokens
+from qnoise.nn.tokens import quantize_tokens
 from qnoise.repairs.calibration import SecondMoments, by_layer, second_moments
 from tiny_models import tiny_model
 

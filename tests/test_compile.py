@@ -103,8 +103,8 @@ def _new_data(weight: nn.Parameter) -> None:
 def test_kept_weights_are_served_and_writes_are_seen(fmt, write, x, monkeypatch) -> None:
     """A compiled frozen model quantizes each weight once, and again, siblings included, when it changes."""
     calls = []
-    real = qnoise.nn.linear.fake_quantize
-    monkeypatch.setattr("qnoise.nn.linear.fake_quantize", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = qnoise.nn.effective.fake_quantize
+    monkeypatch.setattr("qnoise.nn.effective.fake_quantize", lambda *a, **k: calls.append(1) or real(*a, **k))
     model = block(fmt=fmt)
     fast = compiled(model)
     outcome(fast, model, x)

@@ -71,8 +71,8 @@ def test_backward_keeps_the_operands_of_its_forward(x) -> None:
 
 def test_frozen_weight_is_quantized_once(x, monkeypatch) -> None:
     calls = []
-    real = qnoise.nn.linear.fake_quantize
-    monkeypatch.setattr("qnoise.nn.linear.fake_quantize", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = qnoise.nn.effective.fake_quantize
+    monkeypatch.setattr("qnoise.nn.effective.fake_quantize", lambda *a, **k: calls.append(1) or real(*a, **k))
     for storage, frozen, grad, expected in [
         ("auto", True, True, 1),
         ("auto", False, True, 3),  # trained: quantized in each forward
@@ -342,8 +342,8 @@ def test_a_dynamic_layer_runs_one_operation_more(fmt, x) -> None:
 def test_siblings_find_their_amax_once_for_each_change(x, monkeypatch) -> None:
     """Three trained siblings under one scale, quantized in every forward: three reductions a step, not nine."""
     calls = []
-    real = qnoise.nn.linear.weight_amax
-    monkeypatch.setattr("qnoise.nn.linear.weight_amax", lambda w: calls.append(w) or real(w))
+    real = qnoise.nn.shared_scale.weight_amax
+    monkeypatch.setattr("qnoise.nn.shared_scale.weight_amax", lambda w: calls.append(w) or real(w))
     group = tuple(make("nvfp4", storage="dynamic") for _ in range(3))
     for linear in group:
         linear._qnoise.scale_group = group

@@ -31,7 +31,7 @@ from triton.runtime import interpreter
 from qnoise import NoiseScheduler, ops, patch_model, reference, unpatch_model
 from qnoise.formats import E4M3, FORMATS, ROUNDINGS, QuantSpec
 from qnoise.kernels.gpu import amax, fake_quantize, log_probs, pack, rounding, scales, unpack
-from qnoise.nn import linear as linear_module
+from qnoise.nn import effective
 from qnoise.packing import decode
 from qnoise.packing import unpack as unpack_codes
 from qnoise.philox import uniform
@@ -292,7 +292,7 @@ def noise_of_a_linear() -> None:
     tiles_of(ALL_OF_IT)
     model = torch.nn.ModuleDict({name: torch.nn.Linear(80, 48, bias=False) for name in ("q_proj", "k_proj")}).bfloat16()
     model.requires_grad_(False)
-    calls, noisy = [], linear_module.fake_quantize_noisy
+    calls, noisy = [], effective.fake_quantize_noisy
     for fmt in (QuantSpec("nvfp4"), QuantSpec("nvfp4", rotation="hadamard"), QuantSpec("mxfp4")):
         patch_model(model, fmt, noise="linear", storage="dynamic")
         NoiseScheduler(model, Constant(0.02), total_steps=10).step()
@@ -300,12 +300,12 @@ def noise_of_a_linear() -> None:
         quiet = reference.fake_quantize(model["q_proj"].weight, fmt)
         want = [linear.effective_weight() for linear in model.values()]
         assert not torch.equal(want[0], quiet)
-        linear_module.fuses_noise = lambda weight, spec: True
-        linear_module.fake_quantize_noisy = lambda *a: calls.append(a) or noisy(*a)
+        effective.fuses_noise = lambda weight, spec: True
+        effective.fake_quantize_noisy = lambda *a: calls.append(a) or noisy(*a)
         try:
             got = [linear.effective_weight() for linear in model.values()]
         finally:
-            linear_module.fuses_noise, linear_module.fake_quantize_noisy = ops.fuses_noise, noisy
+            effective.fuses_noise, effective.fake_quantize_noisy = ops.fuses_noise, noisy
         for a, b in zip(got, want, strict=True):
             equal(a, b, ("effective weight", str(fmt)))
         unpatch_model(model)

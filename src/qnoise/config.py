@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from qnoise.formats import QuantSpec, as_spec
 from qnoise.names import matches
-from qnoise.nn.linear import STORAGES
+from qnoise.nn.linear_record import STORAGES
 from qnoise.spelling import check_choice
 
 NOISE_TARGETS = ("rmsnorm", "linear")

@@ -26,13 +26,15 @@ from qnoise.config import NoiseConfig, PatchConfig, differences, rotation_warnin
 from qnoise.config_file import read_config, save_as_before, save_with_config
 from qnoise.formats import QuantSpec
 from qnoise.nn import weight_cache
-from qnoise.nn.linear import FakeQuantLinear, LinearRecord, kept_amax, weight_amax
+from qnoise.nn.linear import FakeQuantLinear
+from qnoise.nn.linear_record import LinearRecord
 from qnoise.nn.matrices import FakeQuantMatrices, MatricesRecord, matrices_class, matrix_axes
 from qnoise.nn.norm import noisy_class
 from qnoise.nn.packed import PackedLinear, check_packed, convert_packed, pack, restore_packed
 from qnoise.nn.patched import PHASES, Patched, PatchRecord, check_forward, convert, restore
 from qnoise.nn.readers import ReaderRecord, reader_class
 from qnoise.nn.sharding import check_whole, check_whole_model, local_part
+from qnoise.nn.shared_scale import kept_amax, weight_amax
 from qnoise.packing import BlockQuantized
 from qnoise.spelling import check_choice, nearest
 from qnoise.targets import CONVERTIBLE_LINEARS, Decision, check_layers, decide, matrix_specs, unmatched_patterns

@@ -15,7 +15,7 @@ from qnoise.config import PatchConfig
 from qnoise.formats import QuantSpec
 from qnoise.integrations.layout import amax_of, unstored
 from qnoise.integrations.schemes import SCHEMES, Scheme
-from qnoise.nn.linear import LinearRecord
+from qnoise.nn.linear_record import LinearRecord
 from qnoise.nn.packed import convert_packed
 from qnoise.requirements import require
 

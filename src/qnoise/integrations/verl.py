@@ -27,8 +27,8 @@ from qnoise.faults import Bias, Deadzone, Fault, GaussianError, Injection, injec
 from qnoise.formats import QuantSpec, unknown_name
 from qnoise.functional import fake_quantize
 from qnoise.names import matches
-from qnoise.nn.linear import quantize_tokens
 from qnoise.nn.norm import is_rms_norm
+from qnoise.nn.tokens import quantize_tokens
 from qnoise.noise_control import Multiplier, NoiseScheduler
 from qnoise.requirements import require
 from qnoise.spelling import check_choice

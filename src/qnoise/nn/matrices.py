@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from qnoise.formats import QuantSpec
 from qnoise.functional import fake_quantize
 from qnoise.nn import weight_cache
-from qnoise.nn.linear import StraightThrough, quantize_tokens
+from qnoise.nn.effective import StraightThrough
 from qnoise.nn.patched import Patched, PatchRecord, stand_in
 from qnoise.nn.sharding import check_gathered
+from qnoise.nn.tokens import quantize_tokens
 
 
 @dataclass

@@ -30,8 +30,11 @@ from torch.utils._pytree import tree_map_only
 
 from qnoise.formats import QuantSpec
 from qnoise.functional import quantize
-from qnoise.nn.linear import FakeQuantLinear, LinearRecord, autocast, quantize_tokens
+from qnoise.nn.kept_linear import autocast
+from qnoise.nn.linear import FakeQuantLinear
+from qnoise.nn.linear_record import LinearRecord
 from qnoise.nn.patched import convert, restore
+from qnoise.nn.tokens import quantize_tokens
 from qnoise.ops import dequantize_rows
 from qnoise.packing import BlockQuantized
 from qnoise.reference import check_storable

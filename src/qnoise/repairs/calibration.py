@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from qnoise.names import canonical_name
-from qnoise.nn.linear import FakeQuantLinear, quantize_tokens
+from qnoise.nn.linear import FakeQuantLinear
+from qnoise.nn.tokens import quantize_tokens
 from qnoise.sensitivity.batches import batches, call, tokens, watch
 
 _SCHEMA = "qnoise-second-moments-1"

@@ -26,7 +26,9 @@ from torch.nn import functional as F
 
 from qnoise.formats import QuantSpec, as_spec
 from qnoise.functional import fake_quantize
-from qnoise.nn.linear import FakeQuantLinear, kept_amax, quantize_tokens, weight_amax
+from qnoise.nn.linear import FakeQuantLinear
+from qnoise.nn.shared_scale import kept_amax, weight_amax
+from qnoise.nn.tokens import quantize_tokens
 from qnoise.patch import full_precision, patch_config, quiet
 from qnoise.repairs.fold_pairs import Pair, find_pairs, lora_layers, output_of
 from qnoise.repairs.self_teacher import SelfTeacher, check_unmerged

@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 from qnoise.formats import QuantSpec
 from qnoise.names import canonical_name
-from qnoise.nn.linear import FakeQuantLinear, joint_amax
+from qnoise.nn.linear import FakeQuantLinear
 from qnoise.nn.packed import PackedLinear
+from qnoise.nn.shared_scale import joint_amax
 from qnoise.packing import BlockQuantized, encode, pack
 from qnoise.patch import patch_config
 from qnoise.reference import divisor_of, rotated_blocks, round_units, signed_values

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from qnoise.formats import QuantSpec
 from qnoise.functional import quantize
 from qnoise.names import canonical_name
-from qnoise.nn.linear import FakeQuantLinear, weight_amax
+from qnoise.nn.linear import FakeQuantLinear
 from qnoise.nn.packed import PackedLinear
+from qnoise.nn.shared_scale import weight_amax
 from qnoise.packing import BlockQuantized
 from qnoise.patch import full_precision, patch_config
 from qnoise.repairs.calibration import SecondMoments, second_moments
