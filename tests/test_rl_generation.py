@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from qnoise.rl import Rollout, generate_groups, generation, token_log_probs
+from qnoise.rl import Rollout, decoding, generate_groups, generation, token_log_probs
 from qnoise.rl.sampling import behaviour_log_probs
 from tiny_models import ARCHITECTURES, tiny_model, with_lora
 
@@ -244,7 +244,7 @@ def test_prompts_are_run_once_a_group(model, tokenizer, monkeypatch):
     assert rows[:2] == [(3, 7), (24, 1)]
     rows.clear()
     generate_groups(model, tokenizer, PROMPTS, 8, max_new_tokens=1, batch_size=8)
-    assert rows == [(1, 4), (8, 1), (1, 1), (8, 1), (1, 7), (8, 1)], "a batch is as wide as its own prompts"
+    assert rows == [(1, 1), (8, 1), (1, 4), (8, 1), (1, 7), (8, 1)], "a batch is as wide as its own prompts"
     rows.clear()
     monkeypatch.setattr(generation, "_shared_prefix", lambda *args: None)
     alone = generate_groups(model, tokenizer, PROMPTS, 8, max_new_tokens=6)
@@ -252,6 +252,37 @@ def test_prompts_are_run_once_a_group(model, tokenizer, monkeypatch):
     hook.remove()
     assert same_samples(shared, alone)
     torch.testing.assert_close(shared.rollout_log_probs, alone.rollout_log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_ended_leaves_the_batch(model, tokenizer):
+    """The rows of a forward become fewer, and every sample is the one it is alone."""
+    sizes = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[0]))
+    ends = list(range(0, 60, 3))
+    rollout = generate_groups(model, tokenizer, PROMPTS, 16, max_new_tokens=12, eos_token_id=ends)
+    hook.remove()
+    steps = sizes[1:]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] == 48
+    assert steps[-1] < 12
+    ended_at = rollout.lengths.masked_fill(~rollout.finished, 99)
+    for step, rows in enumerate(steps):
+        going = int((ended_at > step).sum())
+        assert going <= rows <= max(1, going / (1 - decoding.LEAVE_AT)), "no more than the share that may wait"
+    alone = generate_groups(model, tokenizer, PROMPTS, 16, max_new_tokens=12, eos_token_id=ends, batch_size=1)
+    assert same_samples(alone, rollout)
+    torch.testing.assert_close(alone.rollout_log_probs, rollout.rollout_log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loop_of_transformers_draws_the_same(model, tokenizer, monkeypatch):
+    ends = list(range(0, 60, 3))
+    for settings in ({}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}):
+        own = generate_groups(model, tokenizer, PROMPTS, 8, max_new_tokens=12, eos_token_id=ends, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "_shared_prefix", lambda *args: None)
+            theirs = generate_groups(model, tokenizer, PROMPTS, 8, max_new_tokens=12, eos_token_id=ends, **settings)
+        assert same_samples(own, theirs)
+        torch.testing.assert_close(own.rollout_log_probs, theirs.rollout_log_probs, rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_of_one_token(model, tokenizer):

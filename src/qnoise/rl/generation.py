@@ -22,6 +22,7 @@ from torch import Tensor
 from qnoise.spelling import check_choice
 
 from .continuous import generate_continuously
+from .decoding import decode
 from .rollouts import Rollout, collect_noise_state
 from .sampling import RecordingSampler, Sampling, check_integer
 
@@ -81,10 +82,12 @@ def generate_groups(
         batch_size: responses generated at a time; None = all.
         progress: show a progress bar, of decoding steps or (continuous) of responses.
         eos_token_id: what ends a response; None = those of ``model.generation_config`` and of ``tokenizer``.
-        engine: "generate" runs ``model.generate`` on batches of ``batch_size``, each until its last response ends;
-            the samples of a group share one forward over their prompt. The cache grows with the responses;
-            a full one from the start (``model.generation_config.cache_implementation = "static"``) is for
-            compiled decoding on a GPU and gains nothing on a CPU. "continuous" runs the continuous
+        engine: "generate" goes through the samples in batches of ``batch_size``, prompts of like length together; the
+            samples of a group share one forward over their prompt, and responses that have ended leave the batch.
+            Models without a plain growing cache (state-space layers, a learned prompt) run ``model.generate``, each
+            batch until its last response ends. So does a cache that is full from the start
+            (``model.generation_config.cache_implementation = "static"``), which is for compiled decoding on a GPU and
+            gains nothing on a CPU. "continuous" runs the continuous
             batching of transformers: whenever one of the ``batch_size`` responses in flight ends, the next begins. It
             pays where many responses of different lengths wait for few places; with sdpa or eager
             attention every token attends through a mask over the caches of all responses in flight, so keep
@@ -144,14 +147,17 @@ def generate_groups(
                     on_response=bar and bar.update,
                 )
         else:
-            batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+            # Prompts of like length together: less padding to run. Samples of a group stay beside each other.
+            order = sorted(range(count), key=lambda sample: len(encoded[sample // num_generations]))
+            batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
             with _bar(progress, len(batches) * max_new_tokens, "step") as bar:
                 parts = [
                     _generate_batch(model, config, sampling, prompt_ids, prompt_mask, num_generations, batch, bar)
                     for batch in batches
                 ]
             ids, recorded = zip(*parts, strict=True)
-            response_ids, log_probs = _join_right(ids, pad), _join_right(recorded, 0.0)
+            back = torch.tensor(order, device=device).argsort()
+            response_ids, log_probs = _join_right(ids, pad)[back], _join_right(recorded, 0.0)[back]
 
     is_eos = torch.isin(response_ids, torch.tensor(eos, device=device))
     # A position counts up to and including the first end token. (A batch that is narrower than another one has an end
@@ -188,44 +194,54 @@ def _generate_batch(
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     num_generations: int,
-    samples: range,
+    samples: Sequence[int],
     bar: Any,
 ) -> tuple[Tensor, Tensor]:
     """Token ids and log-probabilities, (len(samples), T) each, of the responses of some samples."""
-    from transformers.generation.logits_process import LogitsProcessorList
-
     device = prompt_ids.device
     start = bar.n if bar else 0
-    sampler = RecordingSampler(sampling.uniforms(samples, device), sampling, bar and bar.update)
-    rows = torch.arange(samples.start, samples.stop, device=device) // num_generations
+    uniform, on_step = sampling.uniforms(samples, device), bar and bar.update
+    rows = torch.tensor(samples, device=device) // num_generations
     used, index = torch.unique(rows, return_inverse=True)
     ids, mask = prompt_ids[used], prompt_mask[used].long()
     first = int(mask.argmax(-1).min())  # the columns before it are padding in every row of this batch
     ids, mask = ids[:, first:], mask[:, first:]
     cache = None
-    if len(used) < len(rows) and config.cache_implementation in (None, "hybrid"):  # not if the user chose another
+    if config.cache_implementation in (None, "hybrid"):  # not if the user chose another
         cache = _shared_prefix(model, ids, mask)
+    ids, mask = ids[index], mask[index]
     if cache is not None:
         cache.batch_select_indices(index)
-    ids, mask = ids[index], mask[index]
+        eos, pad = torch.tensor(config.eos_token_id, device=device), config.pad_token_id
+        new, log_probs = decode(model, ids[:, -1:], mask, cache, uniform, sampling, eos, pad, on_step)
+    else:
+        new, log_probs = _generate(model, ids, mask, config, RecordingSampler(uniform, sampling, on_step))
+    if bar:  # steps that early ends have saved
+        bar.update(start + sampling.max_new_tokens - bar.n)
+    return new, log_probs
+
+
+def _generate(
+    model: Any, ids: Tensor, mask: Tensor, config: GenerationConfig, sampler: RecordingSampler
+) -> tuple[Tensor, Tensor]:
+    """By the loop of transformers, with whatever cache the model needs."""
+    from transformers.generation.logits_process import LogitsProcessorList
+
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        past_key_values=cache,
         generation_config=config,
         logits_processor=LogitsProcessorList([sampler]),
     )
     new = out[:, ids.shape[1] :]
-    if bar:  # steps that early ends have saved
-        bar.update(start + sampling.max_new_tokens - bar.n)
     return new, torch.stack(sampler.recorded[: new.shape[1]], -1)
 
 
 def _shared_prefix(model: Any, ids: Tensor, mask: Tensor) -> Any:
     """The key-value cache of all prompt tokens but the last, computed once a prompt.
 
-    None where the model does not work with a plain growing cache that can be copied to every sample of a
-    group; ``generate`` then runs the prompt of every sample, with the same result.
+    None where the model does not work with a plain growing cache whose rows can be copied and left out; ``generate``
+    then runs the prompt of every sample, with the same result.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 

@@ -8,7 +8,7 @@ global random state, which stays untouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -53,7 +53,7 @@ class Sampling:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be between 0 and 2**64 - 1, got {self.seed}")
 
-    def uniforms(self, samples: range, device: torch.device) -> Tensor | None:
+    def uniforms(self, samples: Sequence[int], device: torch.device) -> Tensor | None:
         """(len(samples), max_new_tokens) what the samples draw at; None for greedy decoding."""
         return uniforms(self.seed, samples, self.max_new_tokens).to(device) if self.temperature > 0 else None
 
@@ -78,7 +78,7 @@ def behaviour_log_probs(logits: Tensor, temperature: float, top_p: float, top_k:
     return log_p
 
 
-def uniforms(seed: int, samples: range, count: int) -> Tensor:
+def uniforms(seed: int, samples: Sequence[int], count: int) -> Tensor:
     """(len(samples), count) fp64 numbers in [0, 1): row i begins the stream of sample ``samples[i]``."""
     table = np.empty((len(samples), count))
     for row, sample in enumerate(samples):
@@ -94,8 +94,8 @@ def draw(log_p: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
-def force_draw(scores: Tensor, uniform: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Draw a token a row, and leave only it possible.
+def draw_token(scores: Tensor, uniform: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw a token a row.
 
     Args:
         scores: (B, V) fp32 logits.
@@ -103,15 +103,24 @@ def force_draw(scores: Tensor, uniform: Tensor | None, sampling: Sampling) -> tu
         sampling: the distribution.
 
     Returns:
-        (B, V) scores whose argmax is the token drawn, and its (B,) log-probability.
+        (B,) token ids, and their (B,) log-probabilities.
     """
     if uniform is None:
         # A deterministic policy gives its token probability 1; NaN logits must still be noticed.
-        return scores, scores.amax(-1) * 0.0
+        best, token = scores.max(-1)
+        return token, best * 0.0
     log_p = behaviour_log_probs(scores, sampling.temperature, sampling.top_p, sampling.top_k)
     # NaN logits find no token; the clamp lets them reach the record, where they are reported.
-    token = draw(log_p, uniform).clamp_max(log_p.shape[-1] - 1)[:, None]
-    return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0), log_p.gather(-1, token)[:, 0]
+    token = draw(log_p, uniform).clamp_max(log_p.shape[-1] - 1)
+    return token, log_p.gather(-1, token[:, None])[:, 0]
+
+
+def force_draw(scores: Tensor, uniform: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """`draw_token` for ``generate``: (B, V) scores whose argmax is the token drawn, and its (B,) log-probability."""
+    token, log_prob = draw_token(scores, uniform, sampling)
+    if uniform is None:
+        return scores, log_prob
+    return torch.full_like(scores, -torch.inf).scatter_(-1, token[:, None], 0.0), log_prob
 
 
 class RecordingSampler:
