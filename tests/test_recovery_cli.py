@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.files import alone
 from benchmarks.recovery.__main__ import main
 from benchmarks.recovery.policy import model_path
 from interrupts import heed_interrupts
@@ -42,6 +43,17 @@ def log_rows(folder):
 def test_mistakes_are_named_without_a_traceback(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "study"])
+def test_two_at_once_in_one_folder_are_refused(command, tmp_path, capsys):
+    folder = tmp_path / "words" if command == "study" else tmp_path
+    rest = ["--quick", "--stages", "words", "--arms", "bf16"] if command == "study" else []
+    with alone(folder):
+        assert main([command, "--out", str(tmp_path), *rest]) == 2
+    assert f"{folder} is in use by another process" in capsys.readouterr().err
+    with alone(folder):
+        pass  # and given back
 
 
 def test_the_list_of_presets_shows_every_field_and_arm(capsys):

@@ -12,11 +12,13 @@ import queue
 import signal
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from benchmarks.files import alone
 from benchmarks.recovery.runs import Run
 
 
@@ -39,8 +41,16 @@ def run_all(
     With `resume`, finished runs are kept and unfinished ones continue from their last checkpoint.
 
     Raises:
-        ValueError: a run on disk that should be resumed was made with other settings (before anything starts).
+        ValueError: a run on disk that should be resumed was made with other settings, or another process is at work in
+            the folder (before anything starts).
     """
+    with ExitStack() as held:
+        for folder in sorted({run.folder for run in runs}):
+            held.enter_context(alone(folder))
+        return _run_all(runs, workers, resume, on_done)
+
+
+def _run_all(runs: Sequence[Run], workers: int, resume: bool, on_done: Callable[[Run], None]) -> Outcome:
     from tqdm import tqdm
 
     outcome = Outcome()
