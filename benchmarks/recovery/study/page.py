@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from benchmarks.files import write_bytes
+from benchmarks.recovery.stages import STAGES
 from benchmarks.recovery.study import claims, figures, power, tables
 from benchmarks.recovery.study.bootstrap import RESAMPLES, Bootstrap
 from benchmarks.recovery.study.rows import FOLDER, TASKS, Row, Stage, provenance, stage, with_baselines
@@ -89,6 +90,8 @@ def cell(name: str, folder: Path = FOLDER) -> list[Part]:
     notes = [HOW, DURING, *found.notes]
     if name != "arms" and (missing := [arm for arm in CORE if arm not in found.arms]):
         notes.append(f"Not run yet: {', '.join(f'`{arm}`' for arm in missing)}.")
+    if name in STAGES and (planned := len(STAGES[name].seeds)) > (least := min(map(len, found.arms.values()))):
+        notes.append(f"Not complete: {least} of {planned} planned seeds in every arm.")
     if len({checkpoint for row in found.rows for checkpoint, _ in [row.key]}) == 1:
         notes.append("One checkpoint: the intervals do not speak about another.")
     return [*parts, _bullets([*notes, _made(found.rows)])]
