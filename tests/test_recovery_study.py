@@ -496,12 +496,14 @@ def text_of(folder):
 
 def test_the_page_is_made_from_nothing_from_a_part_and_from_all(folder, tmp_path):
     nothing = text_of(tmp_path)
-    assert nothing.count("Not run yet") == 7
+    assert nothing.count("Not run yet") == 8
     assert "No runs are recorded yet." in nothing
     write(tmp_path, [row("words", "bf16", 0, RIGHT), row("words", "mxfp4", 0, RIGHT)])
     part = text_of(tmp_path)
     assert "+0.00 (one run)" in part
     assert "Not run yet: `nvfp4`, `mxfp4+aqn`" in part
+    assert "Not complete: 1 of 18 planned seeds in every arm." in part
+    assert '["`mxfp4`", "4.25", "75.0", "+0.00 (one run)", "75.0", "+0.00 (one run)", "65.88"]' in part
     whole = text_of(folder)
     assert "nan" not in whole.lower().split()
     assert "inf" not in whole
@@ -512,8 +514,14 @@ def test_the_page_is_made_from_nothing_from_a_part_and_from_all(folder, tmp_path
 
 
 def test_every_part_stands_on_the_page_once():
-    names = re.findall(r"<!-- generated: (\S+) -->", (ROOT / "docs" / page.PAGE).read_text(encoding="utf-8"))
-    assert sorted(names) == sorted(page.PARTS)
+    """And its summary in README."""
+    files = {
+        ROOT / "docs" / page.PAGE: set(page.PARTS) - {"recovery-summary"},
+        ROOT / "README.md": {"recovery-summary"},
+    }
+    for file, parts in files.items():
+        names = re.findall(r"<!-- generated: (recovery-\S+) -->", file.read_text(encoding="utf-8"))
+        assert sorted(names) == sorted(parts)
 
 
 def test_figures_are_drawn_where_they_are_out_of_date(tmp_path):
