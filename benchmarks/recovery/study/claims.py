@@ -248,7 +248,8 @@ def stays_open(sources: Mapping[str, Bootstrap]) -> str:
     sizes = [row.data["parameters"] for source in sources.values() for row in source.stage.rows]
     size = "small policies"
     if sizes:
-        size = f"policies of {min(sizes) / 1e6:.2g} to {max(sizes) / 1e6:.2g} million parameters"
+        ends = dict.fromkeys(f"{size / 1e6:.2g}" for size in (min(sizes), max(sizes)))
+        size = f"policies of {' to '.join(ends)} million parameters"
     return (
         f"These are verdicts on this benchmark, with {size}. Every claim stays open at 1.5 B until somebody "
         "runs the preset `gsm8k-qwen2.5-1.5b` with enough seeds."
