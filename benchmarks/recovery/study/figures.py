@@ -72,15 +72,20 @@ def curves(source: Bootstrap, aa: Bootstrap) -> Data:
     return found
 
 
+_TOKENS = ("prepare_tokens", "rollout_tokens", "train_tokens")
+
+
 def costs(source: Bootstrap, aa: Bootstrap) -> Data:
-    """CPU seconds in all and final accuracy in percent, a mean over runs for each arm."""
+    """Tokens of a run and final accuracy in percent, a mean over runs for each arm. Tokens, and not seconds: those
+    depend on what else the machine does."""
     found: Data = {}
     for arm, runs in source.stage.arms.items():
-        seconds = [row.data["cost"].get("cpu_seconds") for row in runs.values()]
+        tokens = [[row.data["cost"].get(name) for name in _TOKENS] for row in runs.values()]
         ends = [_mean([v for row in runs.values() if (v := row.accuracy("final", how)) is not None]) for how in HOWS]
-        if all(value is not None for value in seconds):
+        if all(value is not None for each in tokens for value in each):
             fmt = next(iter(runs.values())).settings.get("fmt")
-            found[arm] = {"fmt": fmt, "seconds": _mean(seconds), **dict(zip(HOWS, ends, strict=True))}
+            total = _mean([float(sum(each)) for each in tokens])
+            found[arm] = {"fmt": fmt, "tokens": total, **dict(zip(HOWS, ends, strict=True))}
     return found
 
 
@@ -133,20 +138,25 @@ def draw_curves(figure: Figure, data: Data) -> None:
 
 
 def draw_costs(figure: Figure, data: Data) -> None:
-    axis = figure.subplots()
-    for arm, point in data.items():
-        for how in HOWS:
-            if point[how] is not None:
-                fill = COLOURS[point["fmt"]] if how == "greedy" else "white"
-                axis.plot(point["seconds"], point[how], "o", mec=COLOURS[point["fmt"]], mfc=fill, ms=6)
-        if point["greedy"] is not None:
-            place = (point["seconds"], point["greedy"])
-            axis.annotate(arm, place, (6, -3), textcoords="offset points", fontsize=8)
-    axis.margins(x=0.25)
-    axis.set_xlabel("CPU seconds of a run, with what came before RL")
-    axis.set_ylabel("flexible accuracy at the end, %")
-    axis.set_title("● greedy, ○ sampled", fontsize=10)
-    axis.grid(alpha=0.3)
+    for axis, how in zip(figure.subplots(1, len(HOWS)), HOWS, strict=True):
+        points = sorted((point[how], arm) for arm, point in data.items() if point[how] is not None)
+        if not points:
+            continue
+        right = max(data[arm]["tokens"] for _, arm in points) / 1000
+        left = min(data[arm]["tokens"] for _, arm in points) / 1000
+        room = max(right - left, 1.0)
+        gap = max(points[-1][0] - points[0][0], 0.5) / max(1, len(points) - 1)
+        label = -math.inf
+        for value, arm in points:  # names in a column, so that none lies upon another
+            label = max(value, label + 0.9 * gap)
+            place = data[arm]["tokens"] / 1000
+            axis.plot([place, right + 0.12 * room], [value, label], color="#BBBBBB", lw=0.6, zorder=0)
+            axis.plot(place, value, "o", mec=COLOURS[data[arm]["fmt"]], mfc=COLOURS[data[arm]["fmt"]], ms=6)
+            axis.text(right + 0.14 * room, label, arm, fontsize=8, va="center")
+        axis.set_xlim(left - 0.1 * room, right + 0.9 * room)
+        axis.set_xlabel("thousand tokens of a run, what came before RL included")
+        axis.set_title(f"{how}: flexible accuracy at the end, %", fontsize=10)
+        axis.grid(alpha=0.3)
 
 
 def _look(arm: str, fmt: str | None) -> dict[str, Any]:
@@ -182,7 +192,7 @@ def svg(kind: str, data: Data, stage: Stage) -> bytes:
 
     _, draw, title = KINDS[kind]
     rows = len(data["panels"]["against bf16"]) if kind == "differences" else 0
-    sizes = {"differences": (10, 1.6 + 0.19 * rows), "curves": (10, 7), "cost": (8, 5)}
+    sizes = {"differences": (10, 1.6 + 0.19 * rows), "curves": (10, 7), "cost": (10, 4.5)}
     with matplotlib.rc_context({"svg.hashsalt": kind, "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure = Figure(figsize=sizes[kind], layout="constrained", facecolor="white")
         draw(figure, data)
