@@ -540,6 +540,6 @@ def test_figures_are_drawn_where_they_are_out_of_date(tmp_path):
     before = (into / figures.name("cost", "words")).read_bytes()
     source = page.sources(tmp_path)["words"]
     assert figures.svg("cost", figures.data("cost", source, source), source.stage) == before
-    lines[0]["cost"]["cpu_seconds"] = 5000.0
+    lines[0]["cost"]["rollout_tokens"] = 50_000
     write(tmp_path, lines)
     assert page.draw(into, check=True, folder=tmp_path) == [figures.name("cost", "words")]
