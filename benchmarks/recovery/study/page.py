@@ -117,20 +117,25 @@ def benchmark(folder: Path = FOLDER) -> list[Part]:
 
 
 def summary(folder: Path = FOLDER) -> list[Part]:
-    """The core arms on both tasks, for README."""
+    """The core arms on both tasks, for README, and what they say of the report's main claims."""
     found = [source for name, source in sources(folder).items() if name in TASKS]
     if not found:
         return [not_run("words")]
     arms = [arm for arm in CORE if not arm.endswith("-aa")]
-    runs = [f"{each.stage.name} {len(each.stage.arms['bf16'])}" for each in found if "bf16" in each.stage.arms]
+    counts = {each.stage.name: min(map(len, each.stage.arms.values())) for each in found}
+    runs = [f"{count} of {len(STAGES[name].seeds)} planned on {name}" for name, count in counts.items()]
     note = (
         "Flexible accuracy after RL in percent, greedy and sampled, mean over paired runs "
-        f"({', '.join(runs)} an arm), and the difference to bf16 in points with its 95 % interval over checkpoints, "
+        f"({', '.join(runs)}), and the difference to bf16 in points with its 95 % interval over checkpoints, "
         "seeds and problems. `+aqn`: noise as in the report. `-cost`: bf16 with as many more RL steps as the "
         "recipe costs. Reported: by the report this project starts from, Qwen2.5-1.5B on GSM8K, one seed. "
         f"{_made(tuple(row for each in found for row in each.stage.rows))}"
     )
-    return [tables.summary(found, arms, claims.REPORTED), note, claims.stays_open(sources(folder))]
+    known = sources(folder)
+    judged = [claims.judge(claim, known) for claim in claims.CLAIMS[:3]]
+    lines = [f"{each.claim.sentence} ({each.claim.report})? {each.found}: **{each.word}**." for each in judged]
+    lines += [f"Not below bf16 at equal cost? {claims.goal(name, known)}" for name in claims.RECIPES]
+    return [tables.summary(found, arms, claims.REPORTED), note, _bullets(lines), claims.stays_open(known)]
 
 
 def by_chance(folder: Path = FOLDER) -> list[Part]:
