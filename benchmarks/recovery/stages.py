@@ -108,13 +108,8 @@ def _one(name: str, label: str, fmt: str | None, **fields: Any) -> Arm:
 
 
 FULL_LR = 2e-4
-_GPTQ_DISTILLED = _both(
-    "-gptq-distilled",
-    ", GPTQ, LoRA distilled",
-    spec={"scale_mode": "mse"},
-    repairs=("gptq",),
-    adapter=Adapter(steps=20),
-)
+_GPTQ: dict[str, Any] = {"spec": {"scale_mode": "mse"}, "repairs": ("gptq",)}
+_GPTQ_DISTILLED = _both("-gptq-distilled", ", GPTQ, LoRA distilled", **_GPTQ, adapter=Adapter(steps=20))
 OTHERS = (
     *(_sigma(start, start / 100) for start in (0.001, 0.005, 0.05, 0.1)),
     *(
@@ -139,7 +134,7 @@ OTHERS = (
     _one("mxfp4-residual", "MXFP4 + LoRA, second pass on the residual", "mxfp4", spec={"residual": 0.5}),
     *_both("-rotated", ", rotated", spec={"rotation": "hadamard"}),
     *_both("-folded", ", scales folded", repairs=("fold_scales",)),
-    *_both("-gptq", ", GPTQ", spec={"scale_mode": "mse"}, repairs=("gptq",)),
+    *_both("-gptq", ", GPTQ", **_GPTQ),
     *_both("-residual-lora", ", LoRA from the residual", adapter=Adapter("weighted")),
     *_both("-principal", ", LoRA from the principal part", adapter=Adapter("principal", turns=5), preset={"lr": 1e-3}),
     *_both("-distilled", ", LoRA distilled", adapter=Adapter(steps=60)),
@@ -151,7 +146,7 @@ OTHERS = (
 
 DEV = dataclasses.replace(WORDS, name="study-tuning", split="dev", eval_problems=2000)
 # What the learning rate of repaired arms was chosen on.
-_REPAIRED = _both("+recipe", ", recipe", spec={"scale_mode": "mse"}, repairs=("gptq",), adapter=Adapter(steps=20))
+_REPAIRED = _both("+recipe", ", recipe", **_GPTQ, adapter=Adapter(steps=20))
 _FAMILIES = (*(arm for arm in CORE if arm.name in ("bf16", "mxfp4", "nvfp4")), *_REPAIRED)
 _CANDIDATES: dict[str, dict[str, Any]] = {
     "gptq": {"repairs": ("gptq",)},

@@ -129,7 +129,7 @@ def unmatched_patterns(decisions: list[Decision], config: PatchConfig) -> list[t
 
 def check_layers(model: nn.Module, decisions: list[Decision], config: PatchConfig) -> None:
     """Raises ValueError for a layer that the config names and the model has not."""
-    names = [d.name for d in decisions]
+    names = [d.name for d in decisions if d.reason != "adapter matrix"]
     for argument, each in (("layers", config), ("noise layers", config.noise_config)):
         for layer in (each.layers if each is not None else None) or ():
             check_layer(layer, names, model, argument)

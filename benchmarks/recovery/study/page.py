@@ -90,7 +90,8 @@ def cell(name: str, folder: Path = FOLDER) -> list[Part]:
     notes = [HOW, DURING, *found.notes]
     if name != "arms" and (missing := [arm for arm in CORE if arm not in found.arms]):
         notes.append(f"Not run yet: {', '.join(f'`{arm}`' for arm in missing)}.")
-    if name in STAGES and (planned := len(STAGES[name].seeds)) > (least := min(map(len, found.arms.values()))):
+    least, planned = _seeds(found)
+    if least < planned:
         notes.append(f"Not complete: {least} of {planned} planned seeds in every arm.")
     if len({checkpoint for row in found.rows for checkpoint, _ in [row.key]}) == 1:
         notes.append("One checkpoint: the intervals do not speak about another.")
@@ -118,12 +119,12 @@ def benchmark(folder: Path = FOLDER) -> list[Part]:
 
 def summary(folder: Path = FOLDER) -> list[Part]:
     """The core arms on both tasks, for README, and what they say of the report's main claims."""
-    found = [source for name, source in sources(folder).items() if name in TASKS]
+    known = sources(folder)
+    found = [source for name, source in known.items() if name in TASKS]
     if not found:
         return [not_run("words")]
     arms = [arm for arm in CORE if not arm.endswith("-aa")]
-    counts = {each.stage.name: min(map(len, each.stage.arms.values())) for each in found}
-    runs = [f"{count} of {len(STAGES[name].seeds)} planned on {name}" for name, count in counts.items()]
+    runs = ["{} of {} planned on {}".format(*_seeds(each.stage), each.stage.name) for each in found]
     note = (
         "Flexible accuracy after RL in percent, greedy and sampled, mean over paired runs "
         f"({', '.join(runs)}), and the difference to bf16 in points with its 95 % interval over checkpoints, "
@@ -131,7 +132,6 @@ def summary(folder: Path = FOLDER) -> list[Part]:
         "recipe costs. Reported: by the report this project starts from, Qwen2.5-1.5B on GSM8K, one seed. "
         f"{_made(tuple(row for each in found for row in each.stage.rows))}"
     )
-    known = sources(folder)
     judged = [claims.judge(claim, known) for claim in claims.CLAIMS[:3]]
     lines = [f"{each.claim.sentence} ({each.claim.report})? {each.found}: **{each.word}**." for each in judged]
     lines += [f"Not below bf16 at equal cost? {claims.goal(name, known)}" for name in claims.RECIPES]
@@ -201,6 +201,11 @@ def tuning(folder: Path = FOLDER) -> list[Part]:
     """What the settings were chosen by."""
     found = stage("tuning", folder)
     return [tables.tuning(found), _bullets([_made(found.rows)])] if found.rows else ["No runs are recorded yet."]
+
+
+def _seeds(found: Stage) -> tuple[int, int]:
+    """How many seeds every arm of a stage has, and how many are planned."""
+    return min(map(len, found.arms.values())), len(STAGES[found.name].seeds)
 
 
 def _made(rows: tuple[Row, ...]) -> str:

@@ -67,11 +67,11 @@ def decode(
         ended = ended | torch.isin(token, eos)
         over = int(ended.sum())
         if over == len(rows) or step + 1 == most:
-            return tokens[:, : step + 1], log_probs[:, : step + 1]
+            break
         if over >= LEAVE_AT * len(rows):
             going = (~ended).nonzero().flatten()
             cache.batch_select_indices(going)
             rows, mask, token, ended = rows[going], mask[going], token[going], ended[going]
         last = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-    raise AssertionError("max_new_tokens is at least 1")
+    return tokens[:, : step + 1], log_probs[:, : step + 1]

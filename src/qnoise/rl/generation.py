@@ -202,7 +202,7 @@ def _generate_batch(
     start = bar.n if bar else 0
     uniform, on_step = sampling.uniforms(samples, device), bar and bar.update
     rows = torch.tensor(samples, device=device) // num_generations
-    used, index = torch.unique(rows, return_inverse=True)
+    used, index = torch.unique_consecutive(rows, return_inverse=True)
     ids, mask = prompt_ids[used], prompt_mask[used].long()
     first = int(mask.argmax(-1).min())  # the columns before it are padding in every row of this batch
     ids, mask = ids[:, first:], mask[:, first:]
@@ -211,7 +211,8 @@ def _generate_batch(
         cache = _shared_prefix(model, ids, mask)
     ids, mask = ids[index], mask[index]
     if cache is not None:
-        cache.batch_select_indices(index)
+        if len(used) < len(rows):
+            cache.batch_select_indices(index)
         eos, pad = torch.tensor(config.eos_token_id, device=device), config.pad_token_id
         new, log_probs = decode(model, ids[:, -1:], mask, cache, uniform, sampling, eos, pad, on_step)
     else:
