@@ -153,6 +153,9 @@ _CANDIDATES: dict[str, dict[str, Any]] = {
     "folded+gptq": {"repairs": ("fold_scales", "gptq")},
     "gptq+distilled-60": {"repairs": ("gptq",), "adapter": Adapter(steps=60)},
     "folded+gptq+distilled-20": {"repairs": ("fold_scales", "gptq"), "adapter": Adapter(steps=20)},
+    "folded+gptq+weighted": {"repairs": ("fold_scales", "gptq"), "adapter": Adapter("weighted")},
+    "principal@0.00025": {"adapter": Adapter("principal", turns=5), "preset": {"lr": 2.5e-4}},
+    "principal@0.0005": {"adapter": Adapter("principal", turns=5), "preset": {"lr": 5e-4}},
     "principal+distilled-20": {
         "adapter": Adapter("principal", turns=5, steps=20, lr=1e-4),
         "preset": {"lr": 1e-3},  # such a start multiplies the effective rate
@@ -170,6 +173,10 @@ TUNING = (
         Arm(f"{fmt}+{name}", f"{fmt.upper()}: {name}", fmt, spec={"scale_mode": "mse"}, **fields)
         for fmt in ("mxfp4", "nvfp4")
         for name, fields in _CANDIDATES.items()
+    ),
+    *(
+        Arm(f"bf16+{more}-steps", f"BF16 + LoRA, {more} more steps", None, preset={"steps": 24 + more})
+        for more in (2, 6)
     ),
     *(_at(arm, lr) for arm in OTHERS if arm.name in ("bf16-full", "mxfp4-full") for lr in (1e-4, 2e-4, 4e-4)),
 )
