@@ -486,6 +486,30 @@ def test_tuning_says_what_was_tried(folder):
     assert [line[:3] for line in cells] == [["`bf16`", "lr 0.001", "2"], ["`bf16`", "lr 0.002", "2"]]
 
 
+def tuned(name, seed, right, *, steps=24, seconds=0.0, lr=2e-3, **fields):
+    """A run of the stage "tuning" with this share of 8 problems solved, and its cost at 2 seconds a step."""
+    line = row("tuning", name, seed, [1] * right + [0] * (8 - right), preset={"lr": lr, "steps": steps}, **fields)
+    return line | {"cost": line["cost"] | {"prepare_seconds": seconds}}
+
+
+def test_a_candidate_is_compared_with_bf16_of_equal_cost(tmp_path):
+    lines = [
+        tuned("bf16@0.002", 100, 4), tuned("bf16+2-steps", 100, 5, steps=26), tuned("bf16+6-steps", 100, 6, steps=30),
+        tuned("bf16@0.002", 101, 2), tuned("bf16+2-steps", 101, 4, steps=26), tuned("bf16+6-steps", 101, 4, steps=30),
+        tuned("bf16@0.001", 100, 8, lr=1e-3),  # of another learning rate: no part of the reference
+        tuned("mxfp4+cheap", 100, 4, seconds=2.0), tuned("mxfp4+cheap", 101, 4, seconds=4.0),
+        tuned("nvfp4+dear", 100, 6, seconds=80.0), tuned("mxfp4+alone", 102, 6, seconds=4.0),
+        tuned("mxfp4-full", 100, 6), tuned("mxfp4", 100, 3),
+    ]  # fmt: skip
+    write(tmp_path, lines)
+    _, cells = tables.tuning(stage("tuning", tmp_path))
+    # One step more is worth half of 12.5 points to the first seed; two are worth 25 to the second.
+    assert {line[0]: line[-1] for line in cells} == {
+        "`bf16@0.001`": "–", "`bf16@0.002`": "–", "`bf16+2-steps`": "–", "`bf16+6-steps`": "–", "`mxfp4`": "-12.50",
+        "`mxfp4+cheap`": "-3.12 ± 4.42", "`nvfp4+dear`": "below +0.00", "`mxfp4+alone`": "–", "`mxfp4-full`": "–",
+    }  # fmt: skip
+
+
 def text_of(folder):
     parts = [part for make in page.PARTS.values() for part in make(folder=folder)]
     for part in parts:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from benchmarks.recovery.study import student
 from benchmarks.recovery.study.bootstrap import GAP, LEVEL, Bootstrap, Difference, Share
 from benchmarks.recovery.study.chance import Chance, chance, holm
+from benchmarks.recovery.study.equal_cost import LongerRuns, mean_of_both
 from benchmarks.recovery.study.rows import HOWS, Row, Stage
 
 Table = tuple[list[str], list[list[str]]]
@@ -274,19 +275,23 @@ def _chance_row(arm: str, how: str, difference: Difference, aa: Chance) -> list[
 
 def tuning(stage: Stage) -> Table:
     """What the settings were chosen by: a line for each arm and set of settings, on problems of the stream "dev"."""
-    header = ["arm", "settings that differ", "runs", "greedy end", "sampled end", "mean of both"]
+    header = [
+        "arm", "settings that differ", "runs", "greedy end", "sampled end", "mean of both", "seconds before RL",
+        "mean of both − bf16 of equal cost",
+    ]  # fmt: skip
     groups: dict[tuple[str, str], list[Row]] = {}
     varying = _varying(stage.rows)
     for row in stage.rows:
         words = ", ".join(f"{name} {row.preset.get(name, '–')}" for name in varying)
         groups.setdefault((row.arm, words), []).append(row)
-    cells = [
-        [
-            f"`{arm}`", words or "–", str(len(found)), *(_percent(found, "final", how) for how in HOWS),
-            _shown(_mean(row.accuracy("final", how) for row in found for how in HOWS), ".2f"),
-        ]
-        for (arm, words), found in sorted(groups.items())
-    ]  # fmt: skip
+    longer = LongerRuns(stage.rows)
+    cells = []
+    for (arm, words), found in sorted(groups.items()):
+        seconds = _mean(row.data["cost"].get("prepare_seconds") for row in found)
+        ends = [_percent(found, "final", how) for how in HOWS]
+        both = _shown(_mean(map(mean_of_both, found)), ".2f")
+        runs = str(len(found))
+        cells.append([f"`{arm}`", words or "–", runs, *ends, both, _shown(seconds, ".1f"), longer.text(found)])
     return header, cells
 
 
