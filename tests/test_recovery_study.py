@@ -525,10 +525,11 @@ def test_the_page_is_made_from_nothing_from_a_part_and_from_all(folder, tmp_path
     write(tmp_path, [row("words", "bf16", 0, RIGHT), row("words", "mxfp4", 0, RIGHT)])
     part = text_of(tmp_path)
     assert "+0.00 (one run)" in part
-    assert "Not run yet: `nvfp4`, `mxfp4+aqn`" in part
+    assert "Not run yet: `nvfp4`, `mxfp4-aa`" in part
     assert "Not complete: 1 of 18 planned seeds in every arm." in part
     assert '["`mxfp4`", "4.25", "75.0", "+0.00 (one run)", "75.0", "+0.00 (one run)", "65.88"]' in part
     whole = text_of(folder)
+    assert "Not run yet: `mxfp4+aqn-0.001`, `mxfp4+aqn-0.005`, `mxfp4+aqn-0.1`, `mxfp4+aqn-variable`" in whole
     assert "nan" not in whole.lower().split()
     assert "inf" not in whole
     assert "stays open at 1.5 B until somebody runs the preset `gsm8k-qwen2.5-1.5b`" in whole

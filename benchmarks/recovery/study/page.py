@@ -88,7 +88,7 @@ def cell(name: str, folder: Path = FOLDER) -> list[Part]:
     for kind in KINDS.get(name, figures.KINDS):
         parts.append(f"![{figures.KINDS[kind][2]}: stage {name}]({FIGURES}/{figures.name(kind, name)})")
     notes = [HOW, DURING, *found.notes]
-    if name != "arms" and (missing := [arm for arm in CORE if arm not in found.arms]):
+    if missing := [arm.name for arm in STAGES[name].arms if arm.name not in found.arms]:
         notes.append(f"Not run yet: {', '.join(f'`{arm}`' for arm in missing)}.")
     least, planned = _seeds(found)
     if least < planned:
