@@ -170,8 +170,9 @@ def _judge_speed(claim: Claim, sources: Mapping[str, Bootstrap]) -> Verdict:
             continue
         stage = sources[name].stage
         for key in stage.shared((fast, slow)):
-            seconds = [stage.arms[arm][key].data["cost"].get("step_seconds") for arm in (slow, fast)]
-            if all(seconds):
+            pair = [stage.arms[arm][key].data for arm in (slow, fast)]
+            seconds = [each["cost"].get("step_seconds") for each in pair]
+            if all(seconds) and pair[0]["commit"] == pair[1]["commit"]:  # seconds of one version of the library
                 logs.append(math.log(seconds[0] / seconds[1]))
     if len(logs) < MIN_RUNS:
         return Verdict(claim, UNMEASURED, "–", f"{len(logs)} paired runs" if logs else "")
