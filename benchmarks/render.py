@@ -355,13 +355,14 @@ def _decibels(row: dict[str, Any]) -> str:
 
 
 def rl() -> str:
-    """Log-probabilities: time, memory; and the loss."""
+    """Log-probabilities: time, memory; the loss; and rollouts."""
     return "\n\n".join(
         f"**{title}**\n\n{operation(name, benchmark)}"
         for title, name, benchmark in (
             ("Log-probabilities, forward and backward", "rl_log_probs", "rl_log_probs"),
             ("Their memory, in bytes per logit at the peak", "rl_log_probs_memory", "rl_log_probs"),
             ("DAPO loss, forward and backward with its metrics", "rl_dapo_loss", "rl_dapo_loss"),
+            ("Groups of samples, through MXFP4 and LoRA", "rl_rollout", "rl_rollout"),
         )
     )
 

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from benchmarks.micro.measure import Case
 
-ENTRIES = ("fake_quantize", "pack", "norm", "modules", "scan", "rl_log_probs", "rl_dapo_loss", "cuda")
+ENTRIES = ("fake_quantize", "pack", "norm", "modules", "scan", "rl_log_probs", "rl_dapo_loss", "rl_rollout", "cuda")
 """The names of the entries, in the order they run and are shown."""
 
 
