@@ -148,6 +148,34 @@ def test_inputs_weigh_the_error() -> None:
     assert [row.weighted for row in again.rows] == ["q_proj" in row.name for row in again.rows]
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        qnoise.QuantSpec("mxfp4", macro_block=128),
+        qnoise.QuantSpec("mxfp4", residual=0.5),
+        qnoise.QuantSpec("nvfp4", residual=0.5),
+    ],
+    ids=str,
+)
+def test_residual_of_formats_that_codes_cannot_hold(spec, ids) -> None:
+    """The adapter makes up for what the forward really uses; what would need pinned codes says so."""
+    model = qnoise.patch_model(fresh_lora(tiny_model()), spec)
+    clean = snapshot(model)
+    for arguments in ({"method": "principal"}, {"iterations": 2}):
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: .*codes cannot hold all of .*method='res"):
+            init_lora_from_residual(model, **arguments)
+    report = init_lora_from_residual(model)
+    assert len(report.rows) == 14
+    for row, layer in zip(report.rows, adapted_linears(model).values(), strict=True):
+        w, q, delta = parts(layer)
+        left = torch.linalg.svdvals(w - q)[row.rank :].square().sum().sqrt() / w.norm()
+        assert row.before == pytest.approx(((w - q).norm() / w.norm()).item(), rel=1e-6)
+        assert ((w - q - delta).norm() / w.norm()).item() == pytest.approx(left.item(), rel=1e-4)
+        assert row.after < row.before
+    report.undo()
+    assert_same({**clean, "parameters": 0}, {**snapshot(model), "parameters": 0})
+
+
 def test_undo_is_exact_and_pins_are_put_back(ids) -> None:
     model = qnoise.patch_model(fresh_lora(tiny_model()), "mxfp4")
     linear = next(iter(adapted_linears(model).values())).base_layer

@@ -162,6 +162,11 @@ _CANDIDATES: dict[str, dict[str, Any]] = {
         "preset": {"lr": 1e-3},  # such a start multiplies the effective rate
     },
 }
+# Instead of GPTQ, which pins codes, and those of macro-blocks cannot be pinned.
+_MACRO_CANDIDATES: dict[str, dict[str, Any]] = {
+    "macro+folded": {"repairs": ("fold_scales",)},
+    "macro+folded+weighted": {"repairs": ("fold_scales",), "adapter": Adapter("weighted")},
+}
 
 
 def _at(arm: Arm, lr: float) -> Arm:
@@ -174,6 +179,10 @@ TUNING = (
         Arm(f"{fmt}+{name}", f"{fmt.upper()}: {name}", fmt, spec={"scale_mode": "mse"}, **fields)
         for fmt in ("mxfp4", "nvfp4")
         for name, fields in _CANDIDATES.items()
+    ),
+    *(
+        Arm(f"mxfp4+{name}", f"MXFP4: {name}", "mxfp4", spec={"scale_mode": "mse", "macro_block": 128}, **fields)
+        for name, fields in _MACRO_CANDIDATES.items()
     ),
     *(
         Arm(f"bf16+{more}-steps", f"BF16 + LoRA, {more} more steps", None, preset={"steps": 24 + more})

@@ -288,6 +288,11 @@ class QuantSpec:
         return bits if self.residual is None else 2 * bits
 
     @property
+    def storable(self) -> bool:
+        """True if packed codes and scales hold all of it: no factors of macro-blocks, no second pass."""
+        return self.macro_block is None and self.residual is None
+
+    @property
     def plain(self) -> bool:
         """True if nothing is done around the quantizer: no macro-block, no residual, no rotation."""
         return self.macro_block is None and self.residual is None and self.rotation is None

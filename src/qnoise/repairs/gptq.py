@@ -199,7 +199,7 @@ def _targets(model: nn.Module) -> tuple[dict[str, FakeQuantLinear], dict[str, st
             skipped[name] = "noise acts on its weight before it is quantized"
         elif spec.rounding == "stochastic":
             skipped[name] = "its rounding is stochastic, and the feedback needs one that is fixed"
-        elif spec.macro_block is not None or spec.residual is not None:
+        elif not spec.storable:
             what = "macro_block" if spec.macro_block is not None else "residual"
             skipped[name] = f"{spec}: codes of a {what} cannot be stored, so none can be pinned"
         else:

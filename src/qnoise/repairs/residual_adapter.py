@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from qnoise.formats import QuantSpec
-from qnoise.functional import quantize
+from qnoise.functional import fake_quantize, quantize
 from qnoise.names import canonical_name
 from qnoise.nn.linear import FakeQuantLinear
 from qnoise.nn.packed import PackedLinear
-from qnoise.nn.shared_scale import weight_amax
+from qnoise.nn.shared_scale import joint_amax, weight_amax
 from qnoise.packing import BlockQuantized
 from qnoise.patch import full_precision, patch_config
 from qnoise.repairs.calibration import SecondMoments, second_moments
@@ -129,8 +129,8 @@ def init_lora_from_residual(
     Raises:
         ValueError: the model is not patched; no such adapter, or none of its linears qualifies; an adapter that does
             something already, is merged, or is no plain LoRA (DoRA's norm changes what A and B mean); pinned codes
-            that would have to be replaced; a weight that is not finite; a value outside its range. The model is then
-            as it was.
+            that would have to be replaced, or made of a spec that codes cannot hold (macro_block, residual); a weight
+            that is not finite; a value outside its range. The model is then as it was.
     """
     check_choice("method", method, METHODS)
     if not isinstance(iterations, int) or iterations < 1:
@@ -173,11 +173,11 @@ def _start(
     if not torch.isfinite(weight).all():
         raise ValueError(f"{name}.weight has NaN or Inf; no adapter can make up for that")
     h = None if moment is None else moment.to(where, torch.float64)
-    first = linear.quantized()
-    codes, base = first, first.dequantize(raw.dtype).to(where, torch.float64)
+    first, base = _quantized(linear, raw)
+    codes, base = first, base.to(where, torch.float64)
     before = _relative(weight - base, weight, h)
     rank = layer.lora_A[adapter].weight.shape[0]
-    found: list[tuple[float, int, BlockQuantized, Tensor, Tensor]] = []
+    found: list[tuple[float, int, BlockQuantized | None, Tensor, Tensor]] = []
     added = torch.zeros_like(weight)
     for turn in range(iterations):
         if method == "residual" and turn:
@@ -239,6 +239,16 @@ def _as_adapter(layer: Any, adapter: str, b: Tensor, a: Tensor) -> tuple[Tensor,
     return tuple(  # type: ignore[return-value]
         (x / root).to(side[adapter].weight) for x, side in ((b, layer.lora_B), (a, layer.lora_A))
     )
+
+
+def _quantized(linear: FakeQuantLinear, raw: Tensor) -> tuple[BlockQuantized | None, Tensor]:
+    """Codes of the base as it is, None where the format has more than codes can hold, and its values."""
+    record = linear._qnoise
+    spec = cast(QuantSpec, record.weight_spec)
+    if spec.storable or spec.rounding == "stochastic":  # the latter is refused, by name
+        codes = linear.quantized()
+        return codes, codes.dequantize(raw.dtype)
+    return None, fake_quantize(raw, spec, amax=joint_amax(record, raw))
 
 
 def _quantize_rest(linear: FakeQuantLinear, rest: Tensor, dtype: torch.dtype) -> tuple[BlockQuantized, Tensor]:
@@ -318,6 +328,12 @@ def _check(name: str, layer: Any, adapter: str, method: str, iterations: int) ->
             f"{name}: its codes are pinned, and {f'method={method!r}' if iterations == 1 else f'{iterations=}'} would "
             "replace them. Use method='residual' with iterations=1, which fits the adapter to the pinned codes, or "
             "take the pins off (undo() of their report)"
+        )
+    spec = cast(QuantSpec, linear._qnoise.weight_spec)
+    if not spec.storable and (method == "principal" or iterations > 1):
+        raise ValueError(
+            f"{name}: {f'method={method!r}' if iterations == 1 else f'{iterations=}'} pins the codes of a base that is "
+            f"quantized anew, and codes cannot hold all of {spec}. Use method='residual' with iterations=1"
         )
 
 
