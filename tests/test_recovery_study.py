@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.recovery import stages
-from benchmarks.recovery.study import bootstrap, claims, figures, page, power, student, tables
+from benchmarks.recovery.study import bootstrap, claims, figures, hours, page, power, student, tables
 from benchmarks.recovery.study.bootstrap import Bootstrap, Difference, pooled
 from benchmarks.recovery.study.chance import Chance, chance, holm
 from benchmarks.recovery.study.rows import HOWS, STAGES, TASKS, config_hash, stage, with_baselines
@@ -464,6 +464,27 @@ def test_tables_hold_what_the_rows_say(tmp_path):
     assert cells[0][9] == "256 … 384"
 
 
+def test_bits_of_the_one_level_format_are_not_those_of_the_plain_weights_it_is_written_into(tmp_path):
+    faulty = row("words", "one-level", 0, RIGHT, bits_per_weight=16.0)
+    faulty["config"]["arm"] |= {"fmt": None, "one_level": True}
+    faulty["config_hash"] = config_hash(faulty["config"])
+    write(tmp_path, [row("words", "bf16", 0, RIGHT), faulty])
+    _, cells = tables.accuracy(stage("words", tmp_path))
+    assert {line[0]: line[2] for line in cells} == {"`bf16`": "16", "`one-level`": "4.5"}
+
+
+def test_hours_are_those_of_all_planned_runs(tmp_path):
+    """Runs of a seed that is not planned are no part of it."""
+    lines = [row("words", name, seed, RIGHT) for name in ("bf16", "mxfp4") for seed in (0, 8, 99)]
+    write(tmp_path, [*lines, row("walks", "bf16", 2, RIGHT, task="walks")])
+    _, cells = hours.table(stage(name, tmp_path) for name in ("words", "walks", "large"))
+    assert cells == [
+        ["words", "198", "4", "104", f"{198 * 104 / 2 / 3600:.1f}"],
+        ["walks", "198", "1", "102", f"{198 * 102 / 2 / 3600:.1f}"],
+        ["all of these", "396", "5", "", f"{198 * 206 / 2 / 3600:.1f}"],
+    ]
+
+
 def test_what_else_was_tried_is_in_the_order_of_its_lower_end(tmp_path):
     made = policies({"bf16": 0.7, "mxfp4": 0.6, "mxfp4-gptq": 0.68, "mxfp4+aqn": 0.69}, range(3), 400)
     lines = [row("arms", name, seed, right) for (name, seed), right in made.items()]
@@ -520,7 +541,7 @@ def text_of(folder):
 
 def test_the_page_is_made_from_nothing_from_a_part_and_from_all(folder, tmp_path):
     nothing = text_of(tmp_path)
-    assert nothing.count("Not run yet") == 8
+    assert nothing.count("Not run yet") == 9
     assert "No runs are recorded yet." in nothing
     write(tmp_path, [row("words", "bf16", 0, RIGHT), row("words", "mxfp4", 0, RIGHT)])
     part = text_of(tmp_path)

@@ -198,7 +198,7 @@ STAGES = {
         Stage("tuning", DEV, TUNING, tuple(range(100, 103))),
         Stage("words", WORDS, CORE, tuple(range(18))),
         Stage("walks", WALKS, CORE, tuple(range(18))),
-        Stage("large", LARGE, CORE, tuple(range(8))),
+        Stage("large", LARGE, CORE, tuple(range(4))),
         Stage("arms", WORDS, OTHERS, (2, 5, 8, 11, 14, 17), lender="words"),
     )
 }

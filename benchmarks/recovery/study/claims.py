@@ -271,7 +271,7 @@ def recipes(sources: Mapping[str, Bootstrap], names: Sequence[str] = RECIPES) ->
             if name not in source.stage.arms:
                 continue
             rows = list(source.stage.arms[name].values())
-            bits = f"{statistics.fmean(row.data['bits_per_weight'] for row in rows):.4g}"
+            bits = f"{statistics.fmean(row.bits for row in rows):.4g}"
             for other in filter(None, (matched(source.stage, name), "bf16")):
                 found = [source.difference({name: 1, other: -1}, how) for how in HOWS]
                 if not any(found):
@@ -287,7 +287,7 @@ def tried(source: Bootstrap) -> Table:
     rows = []
     for arm, runs in source.stage.arms.items():
         one = next(iter(runs.values()))
-        settings, bits = one.settings, one.data["bits_per_weight"]
+        settings, bits = one.settings, one.bits
         if not settings.get("fmt") or settings.get("noise_during") or settings.get("tuning") == "full" or bits > BITS:
             continue
         found = [source.difference({arm: 1, "bf16": -1}, how) for how in HOWS]

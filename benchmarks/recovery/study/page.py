@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.files import write_bytes
 from benchmarks.recovery.stages import STAGES
-from benchmarks.recovery.study import claims, figures, power, tables
+from benchmarks.recovery.study import claims, figures, hours, power, tables
 from benchmarks.recovery.study.bootstrap import RESAMPLES, Bootstrap
 from benchmarks.recovery.study.rows import FOLDER, TASKS, Row, Stage, provenance, stage, with_baselines
 from benchmarks.recovery.study.tables import Table
@@ -203,6 +203,18 @@ def tuning(folder: Path = FOLDER) -> list[Part]:
     return [tables.tuning(found), _bullets([_made(found.rows)])] if found.rows else ["No runs are recorded yet."]
 
 
+def duration(folder: Path = FOLDER) -> list[Part]:
+    """What the whole study takes."""
+    found = [each for name in STAGES if (each := stage(name, folder)).rows]
+    if not found:
+        return [not_run("words")]
+    note = (
+        "CPU seconds are those of the process of a run, with as many runs at a time as cores. Pretraining of the "
+        "checkpoints, which come with the study, is not counted."
+    )
+    return [hours.table(found), note]
+
+
 def _seeds(found: Stage) -> tuple[int, int]:
     """How many seeds every arm of a stage has, and how many are planned."""
     return min(map(len, found.arms.values())), len(STAGES[found.name].seeds)
@@ -225,6 +237,7 @@ PARTS: dict[str, Callable[[], list[Part]]] = {
     "recovery-recipes": recipes,
     "recovery-verdicts": verdicts,
     "recovery-tuning": tuning,
+    "recovery-hours": duration,
 }
 
 

@@ -29,6 +29,8 @@ STAGES = (*TASKS, "large", "arms", "tuning")
 HOWS = ("greedy", "sampled")
 METRICS = {"greedy": ("flexible", "strict"), "sampled": ("flexible",)}
 """What is kept of each evaluation, problem by problem."""
+ONE_LEVEL_BITS = 4.5
+"""Four bits an element, and a scale of eight for sixteen of them."""
 
 Key = tuple[str, int]
 """(checkpoint, seed): runs that share it saw the same prompts and evaluation problems."""
@@ -66,6 +68,11 @@ class Row:
     @property
     def preset(self) -> dict[str, Any]:
         return self.data["config"].get("preset", {})
+
+    @property
+    def bits(self) -> float:
+        """Of a frozen weight. One-level NVFP4 is written into plain weights, which the model itself counts as 16."""
+        return ONE_LEVEL_BITS if self.settings.get("one_level") else self.data["bits_per_weight"]
 
     def problems(self, when: str, how: str) -> int:
         """Number of problems of an evaluation: 0 where it was not made."""

@@ -61,7 +61,7 @@ def accuracy(stage: Stage) -> Table:
             [
                 f"`{arm}`",
                 str(len(found)),
-                f"{_mean(row.data['bits_per_weight'] for row in found):.4g}",
+                f"{_mean(row.bits for row in found):.4g}",
                 *ends,
                 " → ".join("–" if value is None else f"{value:.1f}" for value in strict),
             ]
@@ -83,7 +83,7 @@ def summary(sources: Sequence[Bootstrap], arms: Sequence[str], reported: Mapping
         present = [source for source in sources if arm in source.stage.arms]
         if not present:
             continue
-        bits = _mean(row.data["bits_per_weight"] for source in present for row in source.stage.arms[arm].values())
+        bits = _mean(row.bits for source in present for row in source.stage.arms[arm].values())
         line = [f"`{arm}`", f"{bits:.4g}"]
         for source in sources:
             found = list(source.stage.arms.get(arm, {}).values())
