@@ -134,6 +134,15 @@ def test_a_stage_that_was_not_run_is_empty_and_one_that_is_none_is_refused(tmp_p
         stage("word", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tuning", "finalists"])
+def test_settings_are_chosen_on_problems_that_no_table_uses(name, tmp_path):
+    write(tmp_path, [row(name, "bf16", 100, RIGHT, split="dev")])
+    assert len(stage(name, tmp_path).rows) == 1
+    write(tmp_path, [row(name, "bf16", 100, RIGHT, split="test")])
+    with pytest.raises(ValueError, match=r"settings are chosen on 'dev' \(stages tuning, finalists\)"):
+        stage(name, tmp_path)
+
+
 def test_tuning_may_try_settings_and_code_but_no_run_twice(tmp_path):
     first, second = (row("tuning", "bf16", 100, RIGHT, preset={"lr": rate}) for rate in (1e-3, 2e-3))
     write(tmp_path, [first, second | {"code_hash": "beef"}])
@@ -541,8 +550,7 @@ def text_of(folder):
 
 def test_the_page_is_made_from_nothing_from_a_part_and_from_all(folder, tmp_path):
     nothing = text_of(tmp_path)
-    assert nothing.count("Not run yet") == 9
-    assert "No runs are recorded yet." in nothing
+    assert nothing.count("Not run yet") == 11
     write(tmp_path, [row("words", "bf16", 0, RIGHT), row("words", "mxfp4", 0, RIGHT)])
     part = text_of(tmp_path)
     assert "+0.00 (one run)" in part

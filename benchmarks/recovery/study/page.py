@@ -10,7 +10,7 @@ from benchmarks.files import write_bytes
 from benchmarks.recovery.stages import STAGES
 from benchmarks.recovery.study import claims, figures, hours, power, tables
 from benchmarks.recovery.study.bootstrap import RESAMPLES, Bootstrap
-from benchmarks.recovery.study.rows import FOLDER, TASKS, Row, Stage, provenance, stage, with_baselines
+from benchmarks.recovery.study.rows import DEV_STAGES, FOLDER, TASKS, Row, Stage, provenance, stage, with_baselines
 from benchmarks.recovery.study.tables import Table
 
 Part = str | Table
@@ -197,10 +197,10 @@ def planned(folder: Path = FOLDER) -> list[Part]:
     return [power.table(), _bullets(lines)]
 
 
-def tuning(folder: Path = FOLDER) -> list[Part]:
+def chosen_by(name: str, folder: Path = FOLDER) -> list[Part]:
     """What the settings were chosen by."""
-    found = stage("tuning", folder)
-    return [tables.tuning(found), _bullets([_made(found.rows)])] if found.rows else ["No runs are recorded yet."]
+    found = stage(name, folder)
+    return [tables.tuning(found), _bullets([_made(found.rows)])] if found.rows else [not_run(name)]
 
 
 def duration(folder: Path = FOLDER) -> list[Part]:
@@ -236,7 +236,7 @@ PARTS: dict[str, Callable[[], list[Part]]] = {
     "recovery-chance": by_chance,
     "recovery-recipes": recipes,
     "recovery-verdicts": verdicts,
-    "recovery-tuning": tuning,
+    **{f"recovery-{name}": partial(chosen_by, name) for name in DEV_STAGES},
     "recovery-hours": duration,
 }
 

@@ -1,7 +1,7 @@
 """The result files of the study, read and checked: `benchmarks/results/recovery/STAGE.jsonl`, a line for each run.
 
 Whatever does not belong together is refused by name. Rows of a stage come from one code and one set of settings an arm;
-finals are measured on the stream "test", tuning on "dev"; a run stands in a file once.
+finals are measured on the stream "test", what settings are chosen by on "dev"; a run stands in a file once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from benchmarks.recovery.outcomes import unpack
 SCHEMA = "qnoise-recovery-1"
 FOLDER = RESULTS / "recovery"
 TASKS = ("words", "walks")
-STAGES = (*TASKS, "large", "arms", "tuning")
+DEV_STAGES = ("tuning", "finalists")
+STAGES = (*TASKS, "large", "arms", *DEV_STAGES)
 HOWS = ("greedy", "sampled")
 METRICS = {"greedy": ("flexible", "strict"), "sampled": ("flexible",)}
 """What is kept of each evaluation, problem by problem."""
@@ -190,7 +191,7 @@ def _row(where: str, stage: str, data: dict[str, Any]) -> Row:
     for name in ("seed", "checkpoint"):
         if name in data["config"] and data["config"][name] != data[name]:
             raise ValueError(f"{place}: {name} is {data[name]!r}, but its config has {data['config'][name]!r}")
-    _check_split(row, "dev" if stage == "tuning" else "test")
+    _check_split(row, "dev" if stage in DEV_STAGES else "test")
     _check_evaluations(row)
     _check_numbers(row)
     return row
@@ -200,8 +201,8 @@ def _check_split(row: Row, wanted: str) -> None:
     split = row.preset.get("split", wanted)
     if split != wanted:
         raise ValueError(
-            f"{row.place}: measured on the stream {split!r}; settings are chosen on 'dev' (stage tuning), and every "
-            f"other table is made on 'test'"
+            f"{row.place}: measured on the stream {split!r}; settings are chosen on 'dev' (stages "
+            f"{', '.join(DEV_STAGES)}), and every other table is made on 'test'"
         )
 
 
