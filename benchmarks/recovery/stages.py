@@ -212,7 +212,7 @@ STAGES = {
         Stage("words", WORDS, CORE, tuple(range(18))),
         Stage("walks", WALKS, CORE, tuple(range(18))),
         Stage("large", LARGE, CORE, tuple(range(4))),
-        Stage("arms", WORDS, OTHERS, (2, 5, 8, 11, 14, 17), lender="words"),
+        Stage("arms", WORDS, OTHERS, (2, 5, 8, 11), lender="words"),
     )
 }
 
