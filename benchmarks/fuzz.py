@@ -124,7 +124,7 @@ def mismatches(
     out = torch.empty_like(x)
     native.fake_quantize_rows(x, spec, divisor, seed, out)
     pairs = [("values", out, values)]
-    if spec.macro_block is None and spec.residual is None:
+    if spec.storable:
         quantized, again = reference.quantize(x, spec, amax=amax, seed=seed), torch.empty_like(x)
         codes, scales = torch.empty_like(quantized.codes), torch.empty_like(quantized.scale_codes)
         native.quantize_rows(x, spec, divisor, seed, codes, scales)

@@ -295,7 +295,7 @@ class QuantSpec:
     @property
     def plain(self) -> bool:
         """True if nothing is done around the quantizer: no macro-block, no residual, no rotation."""
-        return self.macro_block is None and self.residual is None and self.rotation is None
+        return self.storable and self.rotation is None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON; :meth:`from_dict` reads them back."""

@@ -198,8 +198,7 @@ class _Work:
 
     def __init__(self, x: Tensor, spec: QuantSpec) -> None:
         self.size = spec.block_format.block_size
-        once = spec.macro_block is None and spec.residual is None
-        self.direct = once and spec.rounding == "nearest" and spec.scale_mode in _DIRECT and _has_room(spec)
+        self.direct = spec.storable and spec.rounding == "nearest" and spec.scale_mode in _DIRECT and _has_room(spec)
         self.in_place = x.dtype == torch.float32 and x.shape[1] % self.size == 0 and not spec.rotation
         # The counters of stochastic rounding are int64.
         limit = _PIECE if self.direct else _PIECE_OF_REFERENCE >> (spec.rounding == "stochastic")

@@ -382,7 +382,7 @@ def _first_difference(library: ctypes.CDLL) -> str | None:
                     if supports(spec, dtype) and not _agrees(library, x.to(dtype), spec, codes=rest):
                         return f"{spec}, {str(dtype).removeprefix('torch.')}"
     for spec in _AROUND:
-        if not _agrees(library, x, spec, codes=spec.macro_block is None and spec.residual is None):
+        if not _agrees(library, x, spec, codes=spec.storable):
             return f"{spec}, float32"
     if not _same(_amax(library, x), torch.where(x.isfinite(), x, 0).abs().amax(-1)):
         return "the maximum"

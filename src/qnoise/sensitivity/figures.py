@@ -131,7 +131,7 @@ class Figures:
         generator = torch.Generator().manual_seed(self._rows) if self.spec.rounding == "stochastic" else None
         # What quantizes fp16 and fp64 starts with this conversion and ends with a cast back.
         rows = (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
-        if self.spec.macro_block is None and self.spec.residual is None:
+        if self.spec.storable:
             packed = quantize(rows, self.spec, amax=amax, generator=generator)
             scales = Scales(packed.scale_codes, packed.per_tensor_scale).value()
             hat = packed.dequantize()

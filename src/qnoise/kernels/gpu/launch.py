@@ -25,7 +25,7 @@ def supports(spec: QuantSpec) -> bool:
     block = spec.block_format
     if spec.scale_mode not in _SCALE_MODES or (block.scale == "e4m3" and block.element.max < 3):
         return False
-    if spec.macro_block is not None or spec.residual is not None or (spec.rotation and block.block_size > 256):
+    if not spec.storable or (spec.rotation and block.block_size > 256):
         return False
     element = block.element
     whole_words = block.block_size % (16 if element.bits == 6 else 32 // element.bits) == 0
