@@ -97,6 +97,21 @@ def test_turns_pin_the_base_and_keep_the_best(method, fmt, ids) -> None:
     assert any(row.iteration > 1 for row in reports[1].rows)
 
 
+@pytest.mark.parametrize(
+    "spec", [qnoise.QuantSpec("nvfp4"), qnoise.QuantSpec("nvfp4", "mse", rotation="hadamard")], ids=str
+)
+def test_a_base_quantized_anew_keeps_the_scale_of_its_siblings(spec) -> None:
+    """A kernel for fused siblings has one per-tensor scale for all of them, of the weights as they are quantized."""
+    model = qnoise.patch_model(fresh_lora(tiny_model()), spec)
+    shared = [layer.base_layer for layer in adapted_linears(model).values() if layer.base_layer._qnoise.scale_group]
+    assert len(shared) == 10
+    before = [linear.quantized().per_tensor_scale for linear in shared]
+    init_lora_from_residual(model, method="principal")
+    assert [linear._qnoise.pin is not None for linear in shared] == [True] * 10
+    for linear, scale in zip(shared, before, strict=True):
+        assert torch.equal(linear.quantized().per_tensor_scale, scale)
+
+
 def test_more_turns_are_never_worse() -> None:
     """A turn may be worse than the one before; the best is kept, and its adapter and codes are those that are set."""
     model = qnoise.patch_model(fresh_lora(tiny_model(), r=1), "nvfp4")

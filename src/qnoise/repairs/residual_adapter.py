@@ -25,7 +25,7 @@ from qnoise.functional import fake_quantize, quantize
 from qnoise.names import canonical_name
 from qnoise.nn.linear import FakeQuantLinear
 from qnoise.nn.packed import PackedLinear
-from qnoise.nn.shared_scale import joint_amax, weight_amax
+from qnoise.nn.shared_scale import joint_amax
 from qnoise.packing import BlockQuantized
 from qnoise.patch import full_precision, patch_config
 from qnoise.repairs.calibration import SecondMoments, second_moments
@@ -181,7 +181,7 @@ def _start(
     added = torch.zeros_like(weight)
     for turn in range(iterations):
         if method == "residual" and turn:
-            codes, base = _quantize_rest(linear, weight - added, raw.dtype)
+            codes, base = _quantize_rest(linear, weight - added, raw)
         if method == "principal" and not turn:
             # What makes a weight hard to quantize is its own size, whatever its inputs are.
             b, a = _best_product(weight, None, rank, damping)
@@ -191,7 +191,7 @@ def _start(
         b, a = _as_adapter(layer, adapter, b, a)
         added = layer.scaling[adapter] * (b.to(where, torch.float64) @ a.to(where, torch.float64))
         if method == "principal":
-            codes, base = _quantize_rest(linear, weight - added, raw.dtype)
+            codes, base = _quantize_rest(linear, weight - added, raw)
         after = _relative(weight - base - added, weight, h)
         if not found or after < found[0][0]:
             found = [(after, turn + 1, codes, b, a)]
@@ -251,16 +251,11 @@ def _quantized(linear: FakeQuantLinear, raw: Tensor) -> tuple[BlockQuantized | N
     return None, fake_quantize(raw, spec, amax=joint_amax(record, raw))
 
 
-def _quantize_rest(linear: FakeQuantLinear, rest: Tensor, dtype: torch.dtype) -> tuple[BlockQuantized, Tensor]:
+def _quantize_rest(linear: FakeQuantLinear, rest: Tensor, raw: Tensor) -> tuple[BlockQuantized, Tensor]:
     """Codes of what is left for the base, and the values they stand for. The per-tensor scale stays the siblings'."""
-    record = linear._qnoise
-    spec = cast(QuantSpec, record.weight_spec)
-    amax = None
-    if spec.per_tensor_scale and len(record.scale_group) > 1:
-        peers = [peer._parameters.get("weight") for peer in record.scale_group]
-        amax = torch.stack([weight_amax(w).to(rest.device) for w in peers if w is not None]).amax()
-    codes = quantize(rest.float(), spec, amax=amax)
-    return codes, codes.dequantize(dtype).to(rest.device, torch.float64)
+    spec, amax = cast(QuantSpec, linear._qnoise.weight_spec), joint_amax(linear._qnoise, raw)
+    codes = quantize(rest.float(), spec, amax=None if amax is None else amax.to(rest.device))
+    return codes, codes.dequantize(raw.dtype).to(rest.device, torch.float64)
 
 
 def _relative(error: Tensor, weight: Tensor, h: Tensor | None) -> float:
