@@ -34,10 +34,10 @@ recovery: $(STAMP)  ## the study of docs/recovery.md: hours; what is done is not
 	$(BIN)/python -m benchmarks.recovery study $(ARGS)
 
 test: $(STAMP)  ## the fast tests
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
