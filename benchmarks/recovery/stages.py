@@ -110,6 +110,7 @@ def _one(name: str, label: str, fmt: str | None, **fields: Any) -> Arm:
 
 FULL_LR = 2e-4
 _GPTQ: dict[str, Any] = {"spec": {"scale_mode": "mse"}, "repairs": ("gptq",)}
+_GPTAQ: dict[str, Any] = {"repairs": ("fold_scales", "gptaq")}
 _GPTQ_DISTILLED = _both("-gptq-distilled", ", GPTQ, LoRA distilled", **_GPTQ, adapter=Adapter(steps=20))
 OTHERS = (
     *(_sigma(start, start / 100) for start in (0.001, 0.005, 0.05, 0.1)),
@@ -217,12 +218,23 @@ _FINALISTS = (
 )  # fmt: skip
 """The best of them once more, with seeds that did not choose them."""
 _TRIED = {arm.name: arm for arm in TUNING}
+_ASYMMETRIC: tuple[Arm, ...] = tuple(
+    Arm(f"{fmt}+{name}", f"{fmt.upper()}: {name}", fmt, spec={"scale_mode": "mse"}, **_GPTAQ, adapter=Adapter(start))
+    for fmt in ("mxfp4", "nvfp4")
+    for name, start in (("folded+gptaq", "zero"), ("folded+gptaq+weighted", "weighted"))
+)
+"""Candidates that came after the first recipes had been measured: tried on the seeds of the finalists only."""
 
 STAGES = {
     stage.name: stage
     for stage in (
         Stage("tuning", DEV, TUNING, tuple(range(100, 103))),
-        Stage("finalists", DEV, tuple(find("arm", name, _TRIED) for name in _FINALISTS), tuple(range(103, 109))),
+        Stage(
+            "finalists",
+            DEV,
+            (*(find("arm", name, _TRIED) for name in _FINALISTS), *_ASYMMETRIC),
+            tuple(range(103, 109)),
+        ),
         Stage("words", WORDS, CORE, tuple(range(18))),
         Stage("walks", WALKS, CORE, tuple(range(18))),
         Stage("large", LARGE, CORE, tuple(range(4))),

@@ -160,7 +160,7 @@ class FakeQuantLinear(Patched, nn.Linear):
         kept = kept_weight(record, weight)
         return StraightThrough.apply(weight, kept) if trained(weight) else kept
 
-    def pin(self, quantized: BlockQuantized | None) -> None:
+    def pin(self, quantized: BlockQuantized | None, *, asymmetric: bool = False) -> None:
         """Use these codes in place of Q(W) from now on; None: Q(W) again.
 
         `effective_weight()` is then `quantized.dequantize(weight.dtype)`, bit for bit; `bake` writes it out, and
@@ -171,6 +171,8 @@ class FakeQuantLinear(Patched, nn.Linear):
         Args:
             quantized: codes of a tensor of the weight's shape, blocks along the last axis, in the format the linear was
                 patched with. How its scales and codes were chosen (`scale_mode`, `rounding`) is its own matter.
+            asymmetric: they were chosen to make good what was lost before this linear, too; a repair that fits
+                something to what they leave has to know.
 
         Raises:
             TypeError: neither a `BlockQuantized` nor None.
@@ -182,7 +184,7 @@ class FakeQuantLinear(Patched, nn.Linear):
         if quantized is None:
             record.pin = None
         else:
-            record.pin = make_pin(record, weight, quantized)
+            record.pin = make_pin(record, weight, quantized, asymmetric)
         if weight is not None:
             weight_cache.forget(weight)
 

@@ -28,6 +28,8 @@ class Pin:
     dtype: torch.dtype
     # Of the weight, and of the weight rounded to narrower dtypes, as sharding with mixed precision hands it out
     fingerprints: dict[torch.dtype, tuple[Tensor, Tensor]]
+    # Whether the codes also make good what was lost before the linear, and so are not those nearest to W
+    asymmetric: bool = False
 
 
 @dataclass

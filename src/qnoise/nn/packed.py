@@ -97,7 +97,7 @@ class PackedLinear(FakeQuantLinear):
         """Q(W), dequantized anew: (out_features, in_features), dtype of the module, no gradient."""
         return self.quantized_weight.dequantize()
 
-    def pin(self, quantized: BlockQuantized | None) -> None:
+    def pin(self, quantized: BlockQuantized | None, *, asymmetric: bool = False) -> None:
         """Refuses: the codes it holds are all there is of its weight."""
         raise ValueError(
             f"{_named(self._qnoise.name)}: {_GONE}, so the codes it has are pinned already. Pin codes with "

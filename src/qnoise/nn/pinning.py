@@ -18,7 +18,7 @@ PINNED_IS_FROZEN = (
 )
 
 
-def make_pin(record: LinearRecord, weight: Tensor | None, quantized: BlockQuantized) -> Pin:
+def make_pin(record: LinearRecord, weight: Tensor | None, quantized: BlockQuantized, asymmetric: bool = False) -> Pin:
     """The pin of these codes, checked against the weight as it is now."""
     name, spec = named(record), record.weight_spec
     if not isinstance(quantized, BlockQuantized):
@@ -46,7 +46,7 @@ def make_pin(record: LinearRecord, weight: Tensor | None, quantized: BlockQuanti
         raise ValueError(f"{name}: the codes are in {quantized.spec}, and the linear was patched with {spec}")
     narrower = [d for d in (torch.bfloat16, torch.float16) if d.itemsize < weight.dtype.itemsize]
     fingerprints = {d: weight_cache.fingerprint(weight.detach().to(d)) for d in (weight.dtype, *narrower)}
-    return Pin(quantized.to(weight.device), weight.dtype, fingerprints)
+    return Pin(quantized.to(weight.device), weight.dtype, fingerprints, asymmetric)
 
 
 def _layout(spec: QuantSpec) -> QuantSpec:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qnoise.names import canonical_name
 from qnoise.nn.linear import FakeQuantLinear
 from qnoise.nn.tokens import quantize_tokens
+from qnoise.repairs.layerwise import Enough, layers_with
 from qnoise.sensitivity.batches import batches, call, tokens, watch
 
 _SCHEMA = "qnoise-second-moments-1"
@@ -95,7 +96,7 @@ def second_moments(model: nn.Module, inputs: Any, linears: Iterable[nn.Module] |
     Raises:
         ValueError: no batch; no patched linear; an input with NaN or Inf, whose linear is named.
     """
-    watched = _watched(model, linears)
+    watched = watched_linears(model, linears)
     return _collect(model, batches(inputs), watched, None)
 
 
@@ -111,20 +112,33 @@ def by_layer(
     Yields:
         (canonical name of the layer, moments of its linears); the name is "" for the linears outside.
     """
-    watched = _watched(model, linears)
+    watched = watched_linears(model, linears)
     kept = list(batches(inputs))
-    layers = [(name, layer) for name, layer in _layers(model) if any(m in watched for m in layer.modules())]
     left = dict(watched)
-    for name, layer in layers:
-        own = {m: left.pop(m) for m in layer.modules() if m in left}
+    for layer in layers_with(model, watched):
+        own = {m: left.pop(m) for m in layer.module.modules() if m in left}
         if own:
-            yield name, _collect(model, kept, own, layer)
+            yield layer.name, _collect(model, kept, own, layer.module)
     if left:
         yield "", _collect(model, kept, left, None)
 
 
-class _Enough(Exception):
-    """Raised out of a forward whose rest is of no interest."""
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of a b' over rows (tokens, width): fp64, (width of a, width of b). Chunks of rows are summed in fp32."""
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    # Not every device has fp64.
+    where = torch.device("cpu") if a.device.type == "mps" else a.device
+    total = torch.zeros(a.shape[-1], b.shape[-1], dtype=torch.float64, device=where)
+    for left, right in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
+        total += (left.to(wide).T @ right.to(wide)).to(where, torch.float64)
+    return total
+
+
+def check_finite(name: str, rows: Tensor) -> Tensor:
+    """The rows; raises ValueError naming the linear if one is not finite."""
+    if not torch.isfinite(rows).all():
+        raise ValueError(f"{name}: NaN or Inf in its input; calibrate on inputs on which the model is finite")
+    return rows
 
 
 class _Moment:
@@ -140,15 +154,8 @@ class _Moment:
         self.given: Counter[str] = Counter()
 
     def add(self, rows: Tensor) -> None:
-        width = rows.shape[-1]
-        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        # Not every device has fp64.
-        where = torch.device("cpu") if rows.device.type == "mps" else rows.device
-        if self.sum is None:
-            self.sum = torch.zeros(width, width, dtype=torch.float64, device=where)
-        for chunk in rows.split(_CHUNK):
-            chunk = chunk.to(wide)
-            self.sum += (chunk.T @ chunk).to(where, torch.float64)
+        more = product(rows, rows)
+        self.sum = more if self.sum is None else self.sum.add_(more)
         self.tokens += rows.shape[0]
         self.added += 1
 
@@ -160,7 +167,7 @@ def _collect(
     mask: list[Tensor | None] = [None]
 
     def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return
@@ -172,22 +179,19 @@ def _collect(
             if known.last is not None and known.last() is x:
                 return  # a sibling, or the module itself, has added it
             known.last = weakref.ref(x)
-            rows = _seen(module, tokens(x.detach(), mask[0]))
-            if not torch.isfinite(rows).all():
-                raise ValueError(f"{name}: NaN or Inf in its input; calibrate on inputs on which the model is finite")
-            known.add(rows)
+            known.add(check_finite(name, seen(module, tokens(x.detach(), mask[0]))))
 
-        return see
+        return look
 
     def stop(*_: Any) -> None:
-        raise _Enough
+        raise Enough
 
     handles = [m.register_forward_pre_hook(hook(name), with_kwargs=True) for m, name in watched.items()]
     if stop_after is not None:
         handles.append(stop_after.register_forward_hook(stop))
 
     def run(of: nn.Module, batch: Any) -> None:
-        with contextlib.suppress(_Enough):
+        with contextlib.suppress(Enough):
             call(of, batch)
         _check_shared(moments)
 
@@ -196,8 +200,10 @@ def _collect(
     for each in moments.values():
         if each.sum is not None and id(each) not in means:
             means[id(each)] = each.sum.div_(max(1, each.tokens))
-    seen = {name: each for name, each in moments.items() if each.tokens}
-    return SecondMoments({name: means[id(each)] for name, each in seen.items()}, {n: e.tokens for n, e in seen.items()})
+    given_any = {name: each for name, each in moments.items() if each.tokens}
+    return SecondMoments(
+        {name: means[id(each)] for name, each in given_any.items()}, {n: e.tokens for n, e in given_any.items()}
+    )
 
 
 def _check_shared(moments: Mapping[str, _Moment]) -> None:
@@ -214,15 +220,16 @@ def _check_shared(moments: Mapping[str, _Moment]) -> None:
         each.given.clear()
 
 
-def _seen(module: nn.Module, rows: Tensor) -> Tensor:
-    """What the matrix product of the linear sees."""
+def seen(module: nn.Module, rows: Tensor) -> Tensor:
+    """(tokens, in_features): what the matrix product of the linear sees."""
     record: Any = module.__dict__.get("_qnoise")
     if record is None or record.act_spec is None or record.full_precision:
         return rows
     return quantize_tokens(rows, record.act_spec, record.act_amax)
 
 
-def _watched(model: nn.Module, linears: Iterable[nn.Module] | None) -> dict[nn.Module, str]:
+def watched_linears(model: nn.Module, linears: Iterable[nn.Module] | None) -> dict[nn.Module, str]:
+    """Patched linears (None: all) -> canonical names; raises ValueError if there is none."""
     wanted = None if linears is None else {id(module) for module in linears}
     watched = {
         module: canonical_name(path)
@@ -233,13 +240,3 @@ def _watched(model: nn.Module, linears: Iterable[nn.Module] | None) -> dict[nn.M
     if not watched:
         raise ValueError(f"{type(model).__name__} has no quantized linear; call qnoise.patch_model(model) first")
     return watched
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The entries of lists of modules that are not inside another such list, in order."""
-    taken: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not path.startswith(tuple(taken)):
-            taken.append(path + ".")
-            for key, layer in module.named_children():
-                yield canonical_name(f"{path}.{key}"), layer

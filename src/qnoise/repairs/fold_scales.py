@@ -32,11 +32,10 @@ from qnoise.nn.tokens import quantize_tokens
 from qnoise.patch import full_precision, patch_config, quiet
 from qnoise.repairs.fold_pairs import Pair, find_pairs, lora_layers, output_of
 from qnoise.repairs.self_teacher import SelfTeacher, check_unmerged
-from qnoise.sensitivity.batches import batches, call, evaluating, mask_of, tokens
+from qnoise.sensitivity.batches import batches, call, evaluating, first_rows, mask_of, tokens
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 _LARGEST_EXPONENT = 8
-_ROWS_TO_TRACE = 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class FoldReport:
         rows: one for each pair, folded or not.
         skipped: canonical name of a source -> why nothing was folded into it.
         kl: mean KL from the full-precision model, in nats per token, (before, after); None for a model that is not
-            patched or gives no logits.
+            patched, gives no logits, or was not measured.
         changed: largest |difference| of the full-precision output on the traced tokens, relative to its largest value:
             0 unless norms multiply by 1 + weight.
         nbytes: bytes kept for undoing.
@@ -124,6 +123,7 @@ def fold_scales(
     act_fmt: str | QuantSpec | None = None,
     alphas: Sequence[float] = ALPHAS,
     max_tokens: int = 512,
+    measure: bool = True,
 ) -> FoldReport:
     """Move per-channel factors in front of quantized linears so that their outputs suffer less.
 
@@ -140,6 +140,7 @@ def fold_scales(
             would convert.
         alphas: exponents in (0, 1] to try, with either rule.
         max_tokens: tokens whose inputs are kept for the search: a row for each source at a time.
+        measure: the KL of the report; it takes most of the time where there is little text.
 
     Returns:
         A report, with `.undo()`.
@@ -160,11 +161,11 @@ def fold_scales(
     given = list(batches(inputs))
     if not given:
         raise ValueError("inputs holds no batch; give at least one (a tensor, a tuple of arguments or a mapping)")
-    little = _little(given[0])
+    little = first_rows(given[0])
     with full_precision(model), evaluating(model):
         pairs, skipped = find_pairs(model, little, specs.__contains__)
         stock = output_of(model, little)
-    kl_before = _kl(model, given)
+    kl_before = _kl(model, given) if measure else None
     rows, folds = [], []
     try:
         for pair, x in _sampled(model, given, pairs, max_tokens):
@@ -185,7 +186,7 @@ def fold_scales(
                 f"{type(model).__name__}: the fold changes its full-precision output by {changed:.2g}, so the model "
                 "does something with its norms or linears that was not seen"
             )
-        kl_after = _kl(model, given)
+        kl_after = _kl(model, given) if measure else None
     except BaseException:
         _take_back(model, folds)
         raise
@@ -233,17 +234,6 @@ def _check_unpinned(linears: Mapping[nn.Module, Any]) -> None:
                 f"{linear._qnoise.name}: its codes are pinned (gptq, init_lora_from_residual), and a fold would leave "
                 "them behind. Fold first, or undo() what pinned them"
             )
-
-
-def _little(batch: Any) -> Any:
-    """The first rows of a batch, if it is known how to take them."""
-    if isinstance(batch, Tensor):
-        return batch[:_ROWS_TO_TRACE]
-    if isinstance(batch, Mapping):
-        values = list(batch.values())
-        if all(isinstance(v, Tensor) and v.dim() and v.shape[0] == values[0].shape[0] for v in values):
-            return {name: value[:_ROWS_TO_TRACE] for name, value in batch.items()}
-    return batch
 
 
 def _sampled(

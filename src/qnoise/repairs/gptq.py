@@ -21,13 +21,16 @@ Then `sweeps` passes of coordinate descent over the row, with its scales kept (a
 column after column is rounded anew to what is best given all others, w_j - sum over k != j of e_k H_kj / H_jj. No pass
 raises the error.
 
+With `asymmetric=True` all this is done to the weight of least output error against the full-precision model in place of
+W itself (`asymmetric.py`).
+
 All arithmetic of the feedback is in fp64 (on the CPU for devices that have none); rounding itself is that of
 `reference.py`, in fp32, so the result is exact codes and scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -38,11 +41,13 @@ from torch import Tensor, nn
 from qnoise.formats import QuantSpec
 from qnoise.names import canonical_name
 from qnoise.nn.linear import FakeQuantLinear
+from qnoise.nn.linear_record import Pin
 from qnoise.nn.packed import PackedLinear
 from qnoise.nn.shared_scale import joint_amax
 from qnoise.packing import BlockQuantized, encode, pack
 from qnoise.patch import patch_config
 from qnoise.reference import divisor_of, rotated_blocks, round_units, signed_values
+from qnoise.repairs.asymmetric import PairedMoments, by_input
 from qnoise.repairs.calibration import SecondMoments, by_layer, second_moments
 from qnoise.rotation import hadamard
 from qnoise.scales import Scales, select_scales
@@ -54,6 +59,8 @@ _LAZY = 128  # columns between updates of all later ones
 @dataclass(frozen=True)
 class GptqRow:
     """What became of one linear. Errors are relative: ||(W^ - W) X|| / ||W X|| and ||W^ - W|| / ||W||.
+
+    Of `gptq(asymmetric=True)` the output error is ||W^ X - W X^|| / ||W X^||, with X^ as in the full-precision model.
 
     `rows` counts the output rows that took each of the `WAYS`.
     """
@@ -74,7 +81,7 @@ class GptqReport:
 
     rows: tuple[GptqRow, ...]
     skipped: Mapping[str, str]
-    _before: dict[FakeQuantLinear, BlockQuantized | None] = field(repr=False, default_factory=dict)
+    _before: dict[FakeQuantLinear, Pin | None] = field(repr=False, default_factory=dict)
 
     def undo(self) -> None:
         """Give every linear the codes it had before: its own Q(W), or what was pinned then."""
@@ -99,6 +106,7 @@ def gptq(
     damping: float = 0.01,
     share_siblings: bool = True,
     sequential: bool = True,
+    asymmetric: bool = False,
     sweeps: int = 2,
     progress: bool = False,
 ) -> GptqReport:
@@ -120,6 +128,9 @@ def gptq(
             False: each takes its own.
         sequential: one decoder layer after the other, each seeing what the layers before it give now that they are
             quantized, as in the paper. False: all at once, from the model as it is when called. Needs `inputs`.
+        asymmetric: match the outputs that the full-precision model has, and not those that the original weight gives on
+            inputs which earlier linears have spoilt: the linears make good what was lost before them (see
+            `qnoise.repairs.asymmetric`). One input after the other, so it costs some four times as many forwards.
         sweeps: passes of coordinate descent after the feedback; 0 for GPTQ alone.
         progress: show a bar.
 
@@ -127,9 +138,10 @@ def gptq(
         A report; its errors are measured on the calibration text.
 
     Raises:
-        ValueError: not patched; packed weights; neither or both of inputs and hessians; no linear that can be done; a
-            weight, an input or a moment with NaN or Inf, a moment of a wrong shape, one that cannot be factored (with
-            damping=0), a weight out of reach: the linear is named. Pins are then what they were.
+        ValueError: not patched; packed weights; neither or both of inputs and hessians; asymmetric without inputs or
+            not sequential; no linear that can be done; a weight, an input or a moment with NaN or Inf, a moment of a
+            wrong shape, one that cannot be factored (with damping=0), a weight out of reach: the linear is named. Pins
+            are then what they were.
         FileNotFoundError: no such file of moments.
     """
     if patch_config(model) is None:
@@ -140,38 +152,41 @@ def gptq(
         raise ValueError(f"damping={damping} must be a finite number >= 0; 0.01 is usual")
     if not isinstance(sweeps, int) or sweeps < 0:
         raise ValueError(f"sweeps={sweeps!r} must be an integer >= 0")
+    if asymmetric and (hessians is not None or not sequential):
+        raise ValueError(
+            "asymmetric=True goes from one input to the next on the inputs themselves: give inputs, no hessians=, and "
+            "leave sequential=True"
+        )
     targets, skipped = _targets(model)
-    before = {module: _pinned_codes(module) for module in targets.values()}
+    before = {module: module._qnoise.pin for module in targets.values()}
     factors = _Factors(damping)
     rows: list[GptqRow] = []
     try:
-        for name, moment, tokens in _with_progress(
-            _moments(model, inputs, hessians, targets, sequential), targets, progress
-        ):
-            row, codes = _repair(targets[name], name, moment, tokens, factors, share_siblings, sweeps)
-            targets[name].pin(codes)
-            rows.append(row)
+        given = _moments(model, inputs, hessians, targets, sequential, asymmetric)
+        for moments in _with_progress(given, len(targets), progress):
+            done = _repair([targets[name] for name in moments.names], moments, factors, share_siblings, sweeps)
+            for row, codes in done:
+                targets[row.name].pin(codes, asymmetric=asymmetric)
+                rows.append(row)
     except BaseException:
         _put_back(before)
         raise
-    done = {row.name for row in rows}
+    reached = {row.name for row in rows}
     missing = "no input reached it" if hessians is None else "hessians has nothing of it"
-    skipped |= {name: missing for name in targets if name not in done}
+    skipped |= {name: missing for name in targets if name not in reached}
     if not rows:
         raise ValueError(
             f"no linear of {type(model).__name__} could be done: {'; '.join(map(': '.join, skipped.items()))}"
         )
-    return GptqReport(tuple(rows), skipped, {targets[name]: before[targets[name]] for name in done})
+    return GptqReport(tuple(rows), skipped, {targets[name]: before[targets[name]] for name in reached})
 
 
-def _put_back(before: Mapping[FakeQuantLinear, BlockQuantized | None]) -> None:
-    for module, codes in before.items():
-        module.pin(codes)
-
-
-def _pinned_codes(module: FakeQuantLinear) -> BlockQuantized | None:
-    pin = module._qnoise.pin
-    return None if pin is None else pin.quantized
+def _put_back(before: Mapping[FakeQuantLinear, Pin | None]) -> None:
+    for module, pin in before.items():
+        if pin is None:
+            module.pin(None)
+        else:
+            module.pin(pin.quantized, asymmetric=pin.asymmetric)
 
 
 def _targets(model: nn.Module) -> tuple[dict[str, FakeQuantLinear], dict[str, str]]:
@@ -211,42 +226,56 @@ def _targets(model: nn.Module) -> tuple[dict[str, FakeQuantLinear], dict[str, st
 
 
 def _moments(
-    model: nn.Module, inputs: Any, hessians: Any, targets: Mapping[str, FakeQuantLinear], sequential: bool
-) -> Iterator[tuple[str, Tensor, int]]:
-    """Name, second moment and tokens of each linear, as late as possible."""
+    model: nn.Module,
+    inputs: Any,
+    hessians: Any,
+    targets: Mapping[str, FakeQuantLinear],
+    sequential: bool,
+    asymmetric: bool,
+) -> Iterator[PairedMoments]:
+    """The moments of each linear, or of those that share an input, as late as possible."""
+    if asymmetric:
+        yield from by_input(model, inputs, targets.values())
+        return
+    found: Iterable[SecondMoments]
     if hessians is not None:
-        if isinstance(hessians, str | Path):
-            hessians = SecondMoments.load(hessians)
-        of, tokens = (hessians.of, hessians.tokens) if isinstance(hessians, SecondMoments) else (hessians, {})
-        yield from ((name, of[name], tokens.get(name, 0)) for name in targets if name in of)
+        given = SecondMoments.load(hessians) if isinstance(hessians, str | Path) else hessians
+        if not isinstance(given, SecondMoments):
+            given = SecondMoments(given, {})
+        found = [SecondMoments({name: given.of[name] for name in targets if name in given.of}, given.tokens)]
     elif sequential:
-        for _, moments in by_layer(model, inputs, targets.values()):
-            yield from ((name, moment, moments.tokens[name]) for name, moment in moments.of.items())
+        found = (moments for _, moments in by_layer(model, inputs, targets.values()))
     else:
-        moments = second_moments(model, inputs, targets.values())
-        yield from ((name, moment, moments.tokens[name]) for name, moment in moments.of.items())
+        found = [second_moments(model, inputs, targets.values())]
+    for moments in found:
+        for name, moment in moments.of.items():
+            yield PairedMoments.same(name, moment, moments.tokens.get(name, 0))
 
 
-def _with_progress(steps: Iterator[Any], targets: Mapping[str, Any], progress: bool) -> Iterator[Any]:
+def _with_progress(steps: Iterator[PairedMoments], linears: int, progress: bool) -> Iterator[PairedMoments]:
     if not progress:
-        return steps
+        yield from steps
+        return
     from tqdm.auto import tqdm
 
-    return iter(tqdm(steps, total=len(targets), desc="gptq", unit="linear"))
+    with tqdm(total=linears, desc="gptq", unit="linear") as bar:
+        for moments in steps:
+            yield moments
+            bar.update(len(moments.names))
 
 
 class _Factors:
     """The factor of the last second moment: siblings that see one input come one after the other."""
 
     def __init__(self, damping: float) -> None:
-        self._damping = damping
+        self.damping = damping
         self._last: tuple[Any, ...] = ()
 
     def of(self, moment: Tensor, spec: QuantSpec, name: str) -> tuple[Tensor, Tensor]:
         """H, damped, and U / diag(U), in the basis the spec quantizes in, padded to whole blocks; fp64."""
         key = (spec.rotation, spec.block_format.block_size)
         if not self._last or self._last[0] is not moment or self._last[1] != key:
-            self._last = (moment, key, *_factor(moment, spec, self._damping, name))
+            self._last = (moment, key, *_factor(moment, spec, self.damping, name))
         return self._last[2], self._last[3]
 
 
@@ -277,58 +306,85 @@ def _factor(moment: Tensor, spec: QuantSpec, damping: float, name: str) -> tuple
 
 @torch.no_grad()
 def _repair(
-    module: FakeQuantLinear,
-    name: str,
-    moment: Tensor,
-    tokens: int,
-    factors: _Factors,
-    share_siblings: bool,
-    sweeps: int,
-) -> tuple[GptqRow, BlockQuantized]:
-    record = module._qnoise
-    spec, weight = cast(QuantSpec, record.weight_spec), cast(Tensor, module._parameters["weight"])
+    modules: list[FakeQuantLinear], moments: PairedMoments, factors: _Factors, share_siblings: bool, sweeps: int
+) -> list[tuple[GptqRow, BlockQuantized]]:
+    """Linears that have an input in common; those of one spec and one per-tensor scale in one go."""
+    weights = [cast(Tensor, module._parameters["weight"]) for module in modules]
+    for name, weight in zip(moments.names, weights, strict=True):
+        _check(name, weight, moments.now)
+    # Not every device has fp64.
+    device = torch.device("cpu") if weights[0].device.type == "mps" else weights[0].device
+    moments = moments.to(device)
+    sets: list[_Set] = []
+    with torch.inference_mode(False):
+        for name, module, weight in zip(moments.names, modules, weights, strict=True):
+            w = weight.detach().to(device)
+            if moments.paired:
+                w = moments.target(w, factors.damping).to(torch.float32)
+            amax = joint_amax(module._qnoise, weight) if share_siblings else None
+            spec = cast(QuantSpec, module._qnoise.weight_spec)
+            divisor = divisor_of(w, spec, -1, None if amax is None else amax.to(device))
+            if not sets or not sets[-1].fits(spec, divisor):
+                sets.append(_Set(spec, divisor))
+            sets[-1].members.append((name, module, weight))
+            sets[-1].blocks.append(rotated_blocks(w, spec))
+        return [done for each in sets for done in _round(each, moments, factors, sweeps)]
+
+
+def _check(name: str, weight: Tensor, moment: Tensor) -> None:
     width = weight.shape[1]
     if tuple(moment.shape) != (width, width):
         raise ValueError(f"{name}: its second moment has shape {tuple(moment.shape)}, and must have ({width}, {width})")
     for what, tensor in (("weight", weight), ("second moment", moment)):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: NaN or Inf in its {what}; gptq needs finite numbers")
-    # Not every device has fp64.
-    device = torch.device("cpu") if weight.device.type == "mps" else weight.device
-    if moment.device != device or moment.dtype != torch.float64:
-        moment = moment.to(device, torch.float64)
-    amax = joint_amax(record, weight) if share_siblings else None
-    with torch.inference_mode(False):
-        w = weight.detach().to(device)
-        divisor = divisor_of(w, spec, -1, None if amax is None else amax.to(device))
-        blocks = rotated_blocks(w, spec)
-        h, steps = factors.of(moment, spec, name)
-        way, scales, rounded, negative = _choose(blocks, h, steps, spec, divisor)
-        if sweeps:
-            rounded, negative = _descend(blocks, h, spec, Scales(scales, divisor).value(), rounded, negative, sweeps)
-        element = spec.block_format.element
-        codes = pack(encode(rounded, negative, element), element.bits).contiguous()
-        after = BlockQuantized(codes, scales, divisor, weight.shape, spec, 1, weight.dtype)
-        before = module.quantized().to(device)
-    w = w.to(torch.float64)
-    errors = [q.dequantize(torch.float32).to(torch.float64) - w for q in (before, after)]
-    out = [_energy(e, moment) for e in (*errors, w)]
-    plain = [e.square().sum().item() for e in (*errors, w)]
-    row = GptqRow(
-        name=name,
-        spec=spec,
-        tokens=tokens,
-        output_error_before=_ratio(out[0], out[2]),
-        output_error_after=_ratio(out[1], out[2]),
-        weight_error_before=_ratio(plain[0], plain[2]),
-        weight_error_after=_ratio(plain[1], plain[2]),
-        rows={each: int((way == number).sum()) for number, each in enumerate(WAYS)},
-    )
-    return row, after.to(weight.device)
 
 
-def _energy(error: Tensor, moment: Tensor) -> float:
-    return ((error @ moment) * error).sum().item()
+@dataclass
+class _Set:
+    """Linears of one spec and one divisor of their block scales, whose rows are rounded together."""
+
+    spec: QuantSpec
+    divisor: Tensor | None
+    members: list[tuple[str, FakeQuantLinear, Tensor]] = field(default_factory=list)
+    blocks: list[Tensor] = field(default_factory=list)
+
+    def fits(self, spec: QuantSpec, divisor: Tensor | None) -> bool:
+        if divisor is None or self.divisor is None:
+            return spec == self.spec and divisor is self.divisor
+        return spec == self.spec and torch.equal(divisor, self.divisor)
+
+
+def _round(
+    given: _Set, moments: PairedMoments, factors: _Factors, sweeps: int
+) -> Iterator[tuple[GptqRow, BlockQuantized]]:
+    spec, divisor, blocks = given.spec, given.divisor, torch.cat(given.blocks)
+    h, steps = factors.of(moments.now, spec, given.members[0][0])
+    way, scales, rounded, negative = _choose(blocks, h, steps, spec, divisor)
+    if sweeps:
+        rounded, negative = _descend(blocks, h, spec, Scales(scales, divisor).value(), rounded, negative, sweeps)
+    element = spec.block_format.element
+    start = 0
+    for name, module, weight in given.members:
+        own = slice(start, start + len(weight))
+        start += len(weight)
+        codes = pack(encode(rounded[own], negative[own], element), element.bits).contiguous()
+        after = BlockQuantized(codes, scales[own].contiguous(), divisor, weight.shape, spec, 1, weight.dtype)
+        whole = weight.detach().to(h.device, torch.float64)
+        values = [q.dequantize(torch.float32).to(whole) for q in (module.quantized().to(h.device), after)]
+        out = [moments.error(whole, v) for v in values]
+        plain = [_ratio((v - whole).square().sum().item(), whole.square().sum().item()) for v in values]
+        row = GptqRow(
+            name=name,
+            spec=spec,
+            tokens=moments.tokens,
+            output_error_before=out[0],
+            output_error_after=out[1],
+            weight_error_before=plain[0],
+            weight_error_after=plain[1],
+            rows={each: int((way[own] == number).sum()) for number, each in enumerate(WAYS)},
+        )
+        yield row, after.to(weight.device)
 
 
 def _ratio(error: float, whole: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,11 @@ from qnoise.repairs.fold_scales import fold_scales
 from qnoise.repairs.gptq import gptq
 from qnoise.spelling import check_choice
 
-STEPS: dict[str, Callable[[nn.Module, Any], Any]] = {"fold_scales": fold_scales, "gptq": gptq}
+STEPS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "fold_scales": partial(fold_scales, measure=False),
+    "gptq": gptq,
+    "gptaq": partial(gptq, asymmetric=True),
+}
 """Repairs that a recipe can name: each takes a patched model and inputs, and returns a report with `.undo()`."""
 
 

@@ -13,7 +13,7 @@ in_features, and else a Cholesky factor serves in its place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from qnoise.nn.packed import PackedLinear
 from qnoise.nn.shared_scale import joint_amax
 from qnoise.packing import BlockQuantized
 from qnoise.patch import full_precision, patch_config
+from qnoise.repairs.asymmetric import by_input
 from qnoise.repairs.calibration import SecondMoments, second_moments
 from qnoise.repairs.self_teacher import SelfTeacher, adapters_set, check_unmerged
 from qnoise.rl.adapters import is_adapted
@@ -109,8 +110,9 @@ def init_lora_from_residual(
     """Set the LoRA matrices of a patched model so that they make up for the quantization of their linears.
 
     Ranks, alpha, rsLoRA scaling and dtype are those the adapters have. The raw weights stay as they are: where the base
-    is quantized anew, its codes are pinned. It costs the eigenvectors of a matrix of the smaller side of each weight,
-    in fp64.
+    is quantized anew, its codes are pinned. Where the codes are those of `gptq(asymmetric=True)`, adapters are fitted
+    like them, one input after the other, to what the outputs lack against the full-precision model. It costs the
+    eigenvectors of a matrix of the smaller side of each weight, in fp64.
 
     Args:
         model: patched and with LoRA adapters that do nothing yet (B = 0).
@@ -144,7 +146,13 @@ def init_lora_from_residual(
     for name, layer in layers.items():
         _check(name, layer, adapter_name, method, iterations)
     given = None if inputs is None else list(batches(inputs))
-    if moments is None and given is not None:
+    asymmetric = any(_asymmetric(layer.base_layer) for layer in layers.values())
+    if asymmetric and given is None:
+        raise ValueError(
+            "the codes of the base make good what was lost before each linear (gptq(asymmetric=True)), so they are not "
+            "to be compared with the weights alone: give inputs"
+        )
+    if moments is None and given is not None and not asymmetric:
         linears = [layer.base_layer for layer in layers.values()]
         with full_precision(model), adapters_set(model, False):
             moments = second_moments(model, given, linears)
@@ -152,9 +160,12 @@ def init_lora_from_residual(
     before = [_state(layer, adapter_name) for layer in layers.values()]
     rows = []
     try:
-        for name, layer in layers.items():
-            moment = None if moments is None else moments.of.get(name)
-            rows.append(_start(name, layer, adapter_name, method, iterations, moment, damping))
+        if asymmetric:
+            rows = list(_start_asymmetric(model, given, layers, adapter_name, damping))
+        else:
+            for name, layer in layers.items():
+                moment = None if moments is None else moments.of.get(name)
+                rows.append(_start(name, layer, adapter_name, method, iterations, moment, damping))
         kl_after = _kl(model, given)
     except BaseException:
         _restore(before)
@@ -201,6 +212,33 @@ def _start(
     layer.lora_A[adapter].weight.copy_(a)
     layer.lora_B[adapter].weight.copy_(b)
     return AdapterStart(name, rank, before, after, h is not None, iteration)
+
+
+def _start_asymmetric(
+    model: nn.Module, given: Any, layers: Mapping[str, Any], adapter: str, damping: float
+) -> Iterator[AdapterStart]:
+    """Fit each adapter to what the linear's output lacks against full precision, those before it being at work."""
+    linears = [layer.base_layer for layer in layers.values()]
+    for moments in by_input(model, given, linears, adapters=False):
+        for name in moments.names:
+            layer = layers[name]
+            raw = cast(Tensor, layer.base_layer._parameters["weight"])
+            own = moments.to(torch.device("cpu") if raw.device.type == "mps" else raw.device)
+            weight = raw.to(own.now)
+            base = _quantized(layer.base_layer, raw)[1].to(own.now)
+            rank = layer.lora_A[adapter].weight.shape[0]
+            target = own.target(weight, damping)
+            b, a = _as_adapter(layer, adapter, *_best_product(target - base, own.now, rank, damping))
+            added = layer.scaling[adapter] * (b.to(weight) @ a.to(weight))
+            layer.lora_A[adapter].weight.copy_(a)
+            layer.lora_B[adapter].weight.copy_(b)
+            before, after = own.error(weight, base), own.error(weight, base + added)
+            yield AdapterStart(name, rank, before, after, weighted=True, iteration=1)
+
+
+def _asymmetric(linear: FakeQuantLinear) -> bool:
+    pin = linear._qnoise.pin
+    return pin is not None and pin.asymmetric
 
 
 def _best_product(target: Tensor, h: Tensor | None, rank: int, damping: float) -> tuple[Tensor, Tensor]:

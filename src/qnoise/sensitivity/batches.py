@@ -30,6 +30,17 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def first_rows(batch: Any, count: int = 1) -> Any:
+    """The first rows of a batch, if it is known how to take them; else the batch."""
+    if isinstance(batch, Tensor):
+        return batch[:count]
+    if isinstance(batch, Mapping):
+        values = list(batch.values())
+        if all(isinstance(v, Tensor) and v.dim() and v.shape[0] == values[0].shape[0] for v in values):
+            return {name: value[:count] for name, value in batch.items()}
+    return batch
+
+
 def mask_of(batch: Any) -> Tensor | None:
     """The batch's attention_mask, if it has one."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
