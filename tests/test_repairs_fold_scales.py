@@ -72,10 +72,14 @@ def test_it_undoes_outliers(fmt, act_fmt) -> None:
     batch = {k: v for k, v in text(rows=8).items() if k != "labels"}
     stock = logits(model, batch["input_ids"])
     qnoise.patch_model(model, fmt, act_fmt=act_fmt)
+    unmeasured = fold_scales(model, batch, max_tokens=10**6, measure=False)
+    unmeasured.undo()
     report = fold_scales(model, batch, max_tokens=10**6)
     with qnoise.full_precision(model):
         assert torch.equal(logits(model, batch["input_ids"]), stock)
     assert report.kl[1] < 0.7 * report.kl[0]
+    assert unmeasured.kl is None
+    assert unmeasured.rows == report.rows
     for row in report.rows:
         assert row.after <= row.before
         if row.name.endswith("layernorm"):

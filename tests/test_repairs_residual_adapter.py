@@ -11,6 +11,7 @@ import torch
 import qnoise
 from patching import assert_same, logits, snapshot
 from qnoise.repairs.calibration import SecondMoments, second_moments
+from qnoise.repairs.gptq import gptq
 from qnoise.repairs.residual_adapter import _best_product, init_lora_from_residual
 from test_repairs_distill import fresh_lora, loud, text
 from tiny_models import tiny_model, with_lora
@@ -285,3 +286,71 @@ def test_two_adapters_are_kept_apart(ids) -> None:
     layer = next(iter(adapted_linears(model).values()))
     assert not layer.lora_B["default"].weight.any()
     assert layer.lora_B["second"].weight.any()
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4"])
+def test_on_codes_that_make_good_what_was_lost_before(fmt, ids) -> None:
+    """The adapter takes what the output lacks against full precision, those before it being at work."""
+    texts = torch.randint(3, 99, (24, 12), generator=torch.Generator().manual_seed(5))
+    model = qnoise.patch_model(loud(tiny_model()).requires_grad_(False), fmt)
+    gptq(model, texts, asymmetric=True)
+    model = fresh_lora(model)
+    pinned = {name: layer.base_layer.quantized().codes.clone() for name, layer in adapted_linears(model).items()}
+    layer = adapted_linears(model)["base_model.model.model.layers.1.mlp.up_proj"]
+    stock = given_to(model, texts, layer, full=True)
+    report = init_lora_from_residual(model, texts)
+    assert len(report.rows) == 14
+    assert report.kl is not None
+    assert report.kl[1] < 0.9 * report.kl[0]
+    now = given_to(model, texts, layer, full=False)
+    w, q, delta = parts(layer)
+    row = next(row for row in report.rows if row.name == "model.layers.1.mlp.up_proj")
+    wanted = stock @ w.T
+    for expected, values in ((row.before, q), (row.after, q + delta)):
+        assert ((now @ values.T - wanted).norm() / wanted.norm()).item() == pytest.approx(expected, rel=1e-4)
+    # No other product of that rank is better by the damped error.
+    ridge = (0.01 * now.square().mean() * len(now)) ** 0.5
+    seen = torch.cat([now, ridge * torch.eye(now.shape[1], dtype=torch.float64)])
+    target = torch.linalg.lstsq(seen, torch.cat([wanted, ridge * w.T])).solution.T
+    h = now.T @ now / len(now)
+    b, a = _best_product(target - q, h, row.rank, 0.01)
+    torch.testing.assert_close(delta, b @ a, rtol=0, atol=1e-4 * delta.abs().max().item())
+    for name, each in adapted_linears(model).items():
+        assert torch.equal(pinned[name], each.base_layer.quantized().codes)
+    after = logits(model, ids)
+    report.undo()
+    assert not torch.equal(logits(model, ids), after)
+    assert all(not each.lora_B["default"].weight.any() for each in adapted_linears(model).values())
+    # Against the weights alone such codes look worse than they are.
+    with pytest.raises(ValueError, match="make good what was lost before each linear"):
+        init_lora_from_residual(model)
+    with pytest.raises(ValueError, match="make good what was lost before each linear"):
+        init_lora_from_residual(model, moments=second_moments(model, texts))
+
+
+def given_to(model, batch, layer, full: bool) -> torch.Tensor:
+    """(tokens, in_features) of a linear, in full precision without adapters or as the model is."""
+    kept = []
+    handle = layer.base_layer.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    with torch.no_grad():
+        if full:
+            with qnoise.full_precision(model), model.disable_adapter():
+                logits(model, batch)
+        else:
+            logits(model, batch)
+    handle.remove()
+    return kept[0].double().flatten(0, 1)
+
+
+def test_pins_know_how_their_codes_were_chosen(ids) -> None:
+    model = qnoise.patch_model(tiny_model().requires_grad_(False), "mxfp4")
+    linear = model.model.layers[0].mlp.up_proj
+    first = gptq(model, ids, asymmetric=True)
+    twin = copy.deepcopy(model)
+    assert twin.model.layers[0].mlp.up_proj._qnoise.pin.asymmetric
+    second = gptq(model, ids)
+    assert not linear._qnoise.pin.asymmetric
+    second.undo()
+    assert linear._qnoise.pin.asymmetric
+    first.undo()
+    assert linear._qnoise.pin is None
