@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 CORE = {
     "bf16": 0.70, "mxfp4": 0.60, "nvfp4": 0.67, "mxfp4-aa": 0.60, "nvfp4-aa": 0.67, "mxfp4+aqn": 0.60,
     "nvfp4+aqn": 0.67, "mxfp4+recipe": 0.71, "nvfp4+recipe": 0.66, "bf16+mxfp4-cost": 0.70, "bf16+nvfp4-cost": 0.70,
+    "mxfp4+recipe-2": 0.71, "nvfp4+recipe-2": 0.66,
 }  # fmt: skip
 
 
@@ -453,6 +454,8 @@ def test_the_arms_an_arm_is_compared_with(folder):
     assert tables.reference(cell, "bf16-full") is None
     words = stage("words", folder)
     assert tables.matched(words, "mxfp4+recipe") == "bf16+mxfp4-cost"
+    assert tables.matched(words, "mxfp4+recipe-2") == "bf16+nvfp4-cost"
+    assert tables.matched(words, "mxfp4") is None
     assert tables.plain(words, "bf16+mxfp4-cost") is None
 
 
@@ -487,10 +490,11 @@ def test_hours_are_those_of_all_planned_runs(tmp_path):
     lines = [row("words", name, seed, RIGHT) for name in ("bf16", "mxfp4") for seed in (0, 8, 99)]
     write(tmp_path, [*lines, row("walks", "bf16", 2, RIGHT, task="walks")])
     _, cells = hours.table(stage(name, tmp_path) for name in ("words", "walks", "large"))
+    runs = 18 * len(CORE)
     assert cells == [
-        ["words", "198", "4", "104", f"{198 * 104 / 2 / 3600:.1f}"],
-        ["walks", "198", "1", "102", f"{198 * 102 / 2 / 3600:.1f}"],
-        ["all of these", "396", "5", "", f"{198 * 206 / 2 / 3600:.1f}"],
+        ["words", f"{runs}", "4", "104", f"{runs * 104 / 2 / 3600:.1f}"],
+        ["walks", f"{runs}", "1", "102", f"{runs * 102 / 2 / 3600:.1f}"],
+        ["all of these", f"{2 * runs}", "5", "", f"{runs * 206 / 2 / 3600:.1f}"],
     ]
 
 

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.recovery.stages import EQUAL_COST
 from benchmarks.recovery.study import student
 from benchmarks.recovery.study.bootstrap import LEVEL, Bootstrap, Difference, pooled
 from benchmarks.recovery.study.power import MARGIN
@@ -25,7 +26,7 @@ WRONG = "not reproduced"
 
 BITS = 4.6
 """A frozen weight may have 4.5 bits, and what an NVFP4 tensor needs for its fp32 scale."""
-RECIPES = ("mxfp4+recipe", "nvfp4+recipe")
+RECIPES = tuple(EQUAL_COST)
 
 REPORTED = {
     "bf16": "71.27", "mxfp4": "65.88", "mxfp4+aqn": "67.48 (accumulating)", "nvfp4": "63.84 (faulty)",

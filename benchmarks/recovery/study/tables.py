@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from benchmarks.recovery.stages import EQUAL_COST
 from benchmarks.recovery.study import student
 from benchmarks.recovery.study.bootstrap import GAP, LEVEL, Bootstrap, Difference, Share
 from benchmarks.recovery.study.chance import Chance, chance, holm
@@ -37,7 +38,7 @@ def reference(stage: Stage, arm: str) -> str | None:
 
 def matched(stage: Stage, arm: str) -> str | None:
     """The arm in full precision with as many more RL steps as the preparation of this recipe costs."""
-    name = f"bf16+{_settings(stage, arm).get('fmt')}-cost"
+    name = EQUAL_COST.get(arm, "")
     return name if name in stage.arms else None
 
 

@@ -261,7 +261,7 @@ def _candidates(fmt: Any, budget: float) -> list[Recipe]:
         recipes += [Recipe(QuantSpec(name, best, rotation="hadamard")), Recipe(QuantSpec(name, residual=1.0))]
         for mode in dict.fromkeys((modes[0], best)):
             recipes += [Recipe(QuantSpec(name, mode), steps) for steps in (("gptq",), ("fold_scales",))]
-        recipes.append(Recipe(QuantSpec(name, best), ("fold_scales", "gptq")))
+        recipes += [Recipe(QuantSpec(name, best), ("fold_scales", last)) for last in ("gptq", "gptaq")]
     return recipes
 
 
