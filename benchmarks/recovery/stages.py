@@ -100,13 +100,12 @@ CORE = (
     *_FIRST_RECIPES,
     Arm("bf16+mxfp4-cost", "BF16 + LoRA, cost of the MXFP4 recipe", None, preset={"steps": 27}),
     Arm("bf16+nvfp4-cost", "BF16 + LoRA, cost of the NVFP4 recipe", None, preset={"steps": 26}),
-    Arm("bf16+1-step", "BF16 + LoRA, one more step", None, preset={"steps": 25}),
     NVFP4_RECIPE,
 )
 EQUAL_COST = {
     "mxfp4+recipe": "bf16+mxfp4-cost",
     "nvfp4+recipe": "bf16+nvfp4-cost",
-    "nvfp4+recipe-2": "bf16+1-step",
+    "nvfp4+recipe-2": "bf16+nvfp4-cost",
 }
 """Recipe -> bf16 with as many more RL steps as its preparation costs in CPU seconds, rounded up."""
 
