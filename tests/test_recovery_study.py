@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 CORE = {
     "bf16": 0.70, "mxfp4": 0.60, "nvfp4": 0.67, "mxfp4-aa": 0.60, "nvfp4-aa": 0.67, "mxfp4+aqn": 0.60,
     "nvfp4+aqn": 0.67, "mxfp4+recipe": 0.71, "nvfp4+recipe": 0.66, "bf16+mxfp4-cost": 0.70, "bf16+nvfp4-cost": 0.70,
-    "nvfp4+recipe-2": 0.69,
+    "nvfp4+recipe-2": 0.69, "bf16-aa": 0.70,
 }  # fmt: skip
 
 

@@ -94,6 +94,7 @@ NVFP4_RECIPE = Arm("nvfp4+recipe-2", "NVFP4 + LoRA, second recipe", "nvfp4", **_
 
 CORE = (
     Arm("bf16", "BF16 + LoRA", None),
+    Arm("bf16-aa", "BF16 + LoRA, A/A", None, sampling_stream=1),
     *_both("", ""),
     *_both("-aa", ", A/A", sampling_stream=1),
     *_both("+aqn", " + AQN", **_AQN),

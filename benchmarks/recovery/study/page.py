@@ -19,7 +19,7 @@ CELLS = (*TASKS, "large", "arms")
 BASELINES = ("bf16", "mxfp4", "nvfp4", "mxfp4+aqn", "nvfp4+aqn")
 """What the stage "arms" takes from the stage of its task, run by run, where it has not run it itself."""
 CORE = (
-    *BASELINES, "mxfp4-aa", "nvfp4-aa", *claims.RECIPES, "bf16+mxfp4-cost", "bf16+nvfp4-cost",
+    *BASELINES, "bf16-aa", "mxfp4-aa", "nvfp4-aa", *claims.RECIPES, "bf16+mxfp4-cost", "bf16+nvfp4-cost",
 )  # fmt: skip
 PAGE = "recovery.md"
 FIGURES = "figures"
