@@ -77,6 +77,21 @@ def test_moments_do_not_depend_on_skipping(ids, architecture, monkeypatch) -> No
         assert all(torch.equal(x, y) for x, y in ((a.now, b.now), (a.cross, b.cross), (a.stock, b.stock)))
 
 
+def test_layers_that_are_done_are_not_run_again(ids) -> None:
+    """Each runs for the batch in full precision, up to each of its four inputs, and for its output."""
+    model = qnoise.patch_model(tiny_model(num_hidden_layers=5).requires_grad_(False), "mxfp4")
+    runs = dict.fromkeys(range(5), 0)
+
+    def count(number: int, module: nn.Module, args: tuple) -> None:
+        runs[number] += len(args[0]) == len(ids)
+
+    for number, layer in enumerate(model.model.layers):
+        layer.input_layernorm.register_forward_pre_hook(lambda *given, number=number: count(number, *given))
+    for _ in by_input(model, ids):
+        pass
+    assert set(runs.values()) == {6}
+
+
 class Remembers(nn.Module):
     """The second layer also uses what the first one left for it."""
 

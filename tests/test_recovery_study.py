@@ -415,6 +415,16 @@ def test_recipes_are_judged_against_the_bf16_of_their_cost(folder):
     assert "walks, greedy; walks, sampled" in claims.goal("mxfp4+recipe", only_words)
 
 
+def test_the_chance_of_full_precision_is_told_where_it_was_run(folder):
+    known = page.sources(folder)
+    told = claims.chance_of_full_precision(known)
+    difference = known["words"].difference({"bf16-aa": 1, "bf16": -1})
+    assert f"words, greedy {difference.mean:+.2f} (" in told
+    assert "walks, sampled" in told
+    assert "arms" not in told
+    assert claims.chance_of_full_precision({"arms": known["arms"]}).endswith("not measured.")
+
+
 def test_the_goal_is_met_where_every_task_and_accuracy_meets_it(tmp_path):
     better = {"mxfp4+recipe": 0.80, "bf16+mxfp4-cost": 0.70}
     write(tmp_path, core("words", accuracies=better) + core("walks", accuracies=better))
@@ -558,7 +568,7 @@ def test_the_page_is_made_from_nothing_from_a_part_and_from_all(folder, tmp_path
     write(tmp_path, [row("words", "bf16", 0, RIGHT), row("words", "mxfp4", 0, RIGHT)])
     part = text_of(tmp_path)
     assert "+0.00 (one run)" in part
-    assert "Not run yet: `nvfp4`, `mxfp4-aa`" in part
+        assert "Not run yet: `bf16-aa`, `nvfp4`, `mxfp4-aa`" in part
     assert "Not complete: 1 of 18 planned seeds in every arm." in part
     assert '["`mxfp4`", "4.25", "75.0", "+0.00 (one run)", "75.0", "+0.00 (one run)", "65.88"]' in part
     whole = text_of(folder)

@@ -282,6 +282,17 @@ def recipes(sources: Mapping[str, Bootstrap], names: Sequence[str] = RECIPES) ->
     return header, cells
 
 
+def chance_of_full_precision(sources: Mapping[str, Bootstrap]) -> str:
+    """What other random samples do to the bf16 arm itself, which is in every difference to it."""
+    told = []
+    for stage, source in sources.items():
+        for how in HOWS:
+            found = source.difference({"bf16-aa": 1, "bf16": -1}, how) if "bf16-aa" in source.stage.arms else None
+            if found and found.runs >= MIN_RUNS:
+                told.append(f"{stage}, {how} {points(found)}")
+    return f"Chance alone, `bf16-aa` − `bf16`: {'; '.join(told) if told else 'not measured'}."
+
+
 def tried(source: Bootstrap) -> Table:
     """Everything else that was tried at 4 bits and without noise, against bf16, the highest lower end first."""
     header = ["arm", "bits", "greedy − bf16", "t", "lower end", "sampled − bf16", "t", "lower end"]

@@ -241,7 +241,7 @@ def by_chance(source: Bootstrap, cell: Bootstrap | None = None) -> Table:
     cell = cell or source
     known: dict[tuple[str, str], Chance | None] = {}
     rows: list[tuple[list[str], float]] = []
-    for fmt in ("mxfp4", "nvfp4"):
+    for fmt in ("bf16", "mxfp4", "nvfp4"):
         for how in HOWS:
             found = known[fmt, how] = chance(source, fmt, how)
             if found:
