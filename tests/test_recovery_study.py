@@ -568,7 +568,7 @@ def test_the_page_is_made_from_nothing_from_a_part_and_from_all(folder, tmp_path
     write(tmp_path, [row("words", "bf16", 0, RIGHT), row("words", "mxfp4", 0, RIGHT)])
     part = text_of(tmp_path)
     assert "+0.00 (one run)" in part
-        assert "Not run yet: `bf16-aa`, `nvfp4`, `mxfp4-aa`" in part
+    assert "Not run yet: `bf16-aa`, `nvfp4`, `mxfp4-aa`" in part
     assert "Not complete: 1 of 18 planned seeds in every arm." in part
     assert '["`mxfp4`", "4.25", "75.0", "+0.00 (one run)", "75.0", "+0.00 (one run)", "65.88"]' in part
     whole = text_of(folder)
