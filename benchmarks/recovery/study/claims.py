@@ -264,7 +264,7 @@ def not_inferior(found: Difference) -> bool:
 
 
 def recipes(sources: Mapping[str, Bootstrap], names: Sequence[str] = RECIPES) -> Table:
-    """Each recipe against the bf16 arm that cost as much, and against the one of as many RL steps."""
+    """Each recipe against the bf16 arm that cost as much, and against those of as many RL steps."""
     header = ["recipe", "stage", "bits", "against", "greedy", "t", "sampled", "t", "not below: greedy", "sampled"]
     cells = []
     for name in names:
@@ -273,7 +273,7 @@ def recipes(sources: Mapping[str, Bootstrap], names: Sequence[str] = RECIPES) ->
                 continue
             rows = list(source.stage.arms[name].values())
             bits = f"{statistics.fmean(row.bits for row in rows):.4g}"
-            for other in filter(None, (matched(source.stage, name), "bf16")):
+            for other in filter(None, (matched(source.stage, name), "bf16", "bf16-aa")):
                 found = [source.difference({name: 1, other: -1}, how) for how in HOWS]
                 if not any(found):
                     continue
@@ -287,7 +287,7 @@ def chance_of_full_precision(sources: Mapping[str, Bootstrap]) -> str:
     told = []
     for stage, source in sources.items():
         for how in HOWS:
-            found = source.difference({"bf16-aa": 1, "bf16": -1}, how) if "bf16-aa" in source.stage.arms else None
+            found = source.difference({"bf16-aa": 1, "bf16": -1}, how)
             if found and found.runs >= MIN_RUNS:
                 told.append(f"{stage}, {how} {points(found)}")
     return f"Chance alone, `bf16-aa` − `bf16`: {'; '.join(told) if told else 'not measured'}."
