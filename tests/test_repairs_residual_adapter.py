@@ -328,7 +328,15 @@ def test_on_codes_that_make_good_what_was_lost_before(fmt, skips, ids, monkeypat
     with pytest.raises(ValueError, match="make good what was lost before each linear"):
         init_lora_from_residual(model)
     with pytest.raises(ValueError, match="make good what was lost before each linear"):
-        init_lora_from_residual(model, moments=second_moments(model, texts))
+        init_lora_from_residual(model, texts, moments=second_moments(model, texts))
+    layer.base_layer.pin(None)
+    with torch.no_grad():
+        layer.base_layer.weight[0, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.(up_proj\.weight has NaN|down_proj: NaN or Inf in its input)"
+    ):
+        init_lora_from_residual(model, texts)
+    assert all(not each.lora_B["default"].weight.any() for each in adapted_linears(model).values())
 
 
 def given_to(model, batch, layer, full: bool) -> torch.Tensor:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 Data = dict[str, Any]
 
-VERSION = 1  # of the drawing; part of the hash
+VERSION = 2  # of the drawing; part of the hash
 COLOURS = {None: "#000000", "mxfp4": "#D55E00", "nvfp4": "#0072B2"}
 """A colour for each format, of Okabe and Ito's; treatments are told apart by their lines."""
-_LINES = (("-aa", ":"), ("+aqn", "--"), ("+recipe", "-"), ("-cost", "-."), ("", "-"))
+_LINES = (("-aa", ":"), ("+aqn", "--"), ("+recipe-2", (0, (4, 1))), ("+recipe", "-"), ("-cost", "-."), ("", "-"))
 _CURVES = (
     ("flexible", "flexible accuracy of the samples"),
     ("entropy", "entropy, nats a token"),

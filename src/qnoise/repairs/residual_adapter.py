@@ -131,8 +131,9 @@ def init_lora_from_residual(
     Raises:
         ValueError: the model is not patched; no such adapter, or none of its linears qualifies; an adapter that does
             something already, is merged, or is no plain LoRA (DoRA's norm changes what A and B mean); pinned codes
-            that would have to be replaced, or made of a spec that codes cannot hold (macro_block, residual); a weight
-            that is not finite; a value outside its range. The model is then as it was.
+            that would have to be replaced, or made of a spec that codes cannot hold (macro_block, residual); codes of
+            `gptq(asymmetric=True)` and no inputs; a weight that is not finite; a value outside its range. The model is
+            then as it was.
     """
     check_choice("method", method, METHODS)
     if not isinstance(iterations, int) or iterations < 1:
@@ -147,10 +148,10 @@ def init_lora_from_residual(
         _check(name, layer, adapter_name, method, iterations)
     given = None if inputs is None else list(batches(inputs))
     asymmetric = any(_asymmetric(layer.base_layer) for layer in layers.values())
-    if asymmetric and given is None:
+    if asymmetric and (given is None or moments is not None):
         raise ValueError(
             "the codes of the base make good what was lost before each linear (gptq(asymmetric=True)), so they are not "
-            "to be compared with the weights alone: give inputs"
+            "to be compared with the weights alone: give inputs, and no moments"
         )
     if moments is None and given is not None and not asymmetric:
         linears = [layer.base_layer for layer in layers.values()]
@@ -162,6 +163,8 @@ def init_lora_from_residual(
     try:
         if asymmetric:
             rows = list(_start_asymmetric(model, given, layers, adapter_name, damping))
+            reached = {row.name for row in rows}
+            skipped |= {name: "no input reached it" for name in layers if name not in reached}
         else:
             for name, layer in layers.items():
                 moment = None if moments is None else moments.of.get(name)
@@ -180,9 +183,7 @@ def _start(
     linear: FakeQuantLinear = layer.base_layer
     raw = cast(Tensor, linear._parameters["weight"])
     where = torch.device("cpu") if raw.device.type == "mps" else raw.device
-    weight = raw.to(where, torch.float64)
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{name}.weight has NaN or Inf; no adapter can make up for that")
+    weight = _finite(name, raw.to(where, torch.float64))
     h = None if moment is None else moment.to(where, torch.float64)
     first, base = _quantized(linear, raw)
     codes, base = first, base.to(where, torch.float64)
@@ -224,7 +225,7 @@ def _start_asymmetric(
             layer = layers[name]
             raw = cast(Tensor, layer.base_layer._parameters["weight"])
             own = moments.to(torch.device("cpu") if raw.device.type == "mps" else raw.device)
-            weight = raw.to(own.now)
+            weight = _finite(name, raw.to(own.now))
             base = _quantized(layer.base_layer, raw)[1].to(own.now)
             rank = layer.lora_A[adapter].weight.shape[0]
             target = own.target(weight, damping)
@@ -234,6 +235,12 @@ def _start_asymmetric(
             layer.lora_B[adapter].weight.copy_(b)
             before, after = own.error(weight, base), own.error(weight, base + added)
             yield AdapterStart(name, rank, before, after, weighted=True, iteration=1)
+
+
+def _finite(name: str, weight: Tensor) -> Tensor:
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name}.weight has NaN or Inf; no adapter can make up for that")
+    return weight
 
 
 def _asymmetric(linear: FakeQuantLinear) -> bool:
