@@ -508,6 +508,16 @@ def test_hours_are_those_of_all_planned_runs(tmp_path):
     ]
 
 
+def test_hours_go_by_the_runs_that_were_made_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(hours, "RECENT", 2)
+    lines = [row("words", "bf16", seed, RIGHT) for seed in range(3)]
+    for line, seconds in zip(lines, (900, 10, 20), strict=True):
+        line["cost"] = {**line["cost"], "cpu_seconds": seconds}
+    write(tmp_path, lines)
+    _, cells = hours.table([stage("words", tmp_path)])
+    assert cells[0][2:4] == ["3", "15"]
+
+
 def test_what_else_was_tried_is_in_the_order_of_its_lower_end(tmp_path):
     made = policies({"bf16": 0.7, "mxfp4": 0.6, "mxfp4-gptq": 0.68, "mxfp4+aqn": 0.69}, range(3), 400)
     lines = [row("arms", name, seed, right) for (name, seed), right in made.items()]

@@ -209,8 +209,9 @@ def duration(folder: Path = FOLDER) -> list[Part]:
     if not found:
         return [not_run("words")]
     note = (
-        "CPU seconds are those of the process of a run, with as many runs at a time as cores. Pretraining of the "
-        "checkpoints, which come with the study, is not counted."
+        f"CPU seconds are those of the process of a run, with as many runs at a time as cores, mean of the last "
+        f"{hours.RECENT} of a stage: earlier ones were made by slower code. Pretraining of the checkpoints, which come "
+        "with the study, is not counted."
     )
     return [hours.table(found), note]
 
