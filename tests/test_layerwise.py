@@ -137,3 +137,29 @@ def test_a_fault_on_the_way_leaves_the_model_as_it_was(ids) -> None:
         assert "forward" not in module.__dict__
         assert not module._forward_hooks
         assert not (isinstance(module, FakeQuantLinear) and module._forward_pre_hooks)
+
+
+class Short(nn.Module):
+    """Batches of five rows leave after the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[: 1 if len(x) == 5 else 3]:
+            x = layer(x)
+        return x
+
+
+def test_batches_that_do_not_reach_a_layer_do_not_get_the_outputs_of_others(monkeypatch) -> None:
+    model = qnoise.patch_model(Short().requires_grad_(False), "mxfp4")
+    g = torch.Generator().manual_seed(1)
+    given = [torch.randn(rows, 32, generator=g) for rows in (7, 5, 9)]
+    usual = list(by_input(model, given))
+    assert [moments.tokens for moments in usual] == [21, 16, 16]
+    monkeypatch.setattr(asymmetric, "can_skip", lambda *_: False)
+    for a, b in zip(usual, by_input(model, given), strict=True):
+        assert torch.equal(a.now, b.now)
+        assert torch.equal(a.cross, b.cross)

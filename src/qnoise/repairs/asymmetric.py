@@ -23,7 +23,7 @@ from qnoise.patch import full_precision, quiet
 from qnoise.repairs.calibration import check_finite, product, seen, watched_linears
 from qnoise.repairs.layerwise import Enough, Layer, Outputs, can_skip, copy, layers_with
 from qnoise.repairs.self_teacher import adapters_set
-from qnoise.sensitivity.batches import batches, call, evaluating, first_rows, tokens, watch
+from qnoise.sensitivity.batches import batches, call, evaluating, first_row, tokens, watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def by_input(
     given = list(batches(inputs))
     layers = list(layers_with(model, watched))
     with quiet(model), evaluating(model):
-        skips = bool(given) and can_skip(model, first_rows(given[0]), layers)
+        skips = bool(given) and can_skip(model, first_row(given[0]), layers)
     left = dict(watched)
     stock, now = Outputs(), Outputs()
     for layer in layers:
@@ -151,7 +151,8 @@ def _inputs(
 ) -> tuple[list[dict[str, Tensor]], Outputs]:
     """For each batch, name -> the rows that the linear is given first, one tensor where they are the same.
 
-    The forward goes to the end of the layer, of which the outputs are kept; with `stop` to the first linear.
+    The forward goes to the end of the layer, of which the outputs are kept if every batch reaches it; with `stop` to
+    the first linear.
     """
     found: list[dict[str, Tensor]] = []
     outputs: list[Any] = []
@@ -188,7 +189,8 @@ def _inputs(
     if layer is not None and not stop:
         handles.append(layer.module.register_forward_hook(end))
     watch(model, given, handles, mask, run)
-    return found, Outputs(layer.module if layer else None, tuple(outputs))
+    whole = layer is not None and len(outputs) == len(given)
+    return found, Outputs(layer.module, tuple(outputs)) if layer and whole else Outputs()
 
 
 def _in_order(found: list[dict[str, Tensor]]) -> Iterator[tuple[str, ...]]:

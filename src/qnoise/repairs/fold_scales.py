@@ -32,7 +32,7 @@ from qnoise.nn.tokens import quantize_tokens
 from qnoise.patch import full_precision, patch_config, quiet
 from qnoise.repairs.fold_pairs import Pair, find_pairs, lora_layers, output_of
 from qnoise.repairs.self_teacher import SelfTeacher, check_unmerged
-from qnoise.sensitivity.batches import batches, call, evaluating, first_rows, mask_of, tokens
+from qnoise.sensitivity.batches import batches, call, evaluating, first_row, mask_of, tokens
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 _LARGEST_EXPONENT = 8
@@ -161,7 +161,7 @@ def fold_scales(
     given = list(batches(inputs))
     if not given:
         raise ValueError("inputs holds no batch; give at least one (a tensor, a tuple of arguments or a mapping)")
-    little = first_rows(given[0])
+    little = first_row(given[0])
     with full_precision(model), evaluating(model):
         pairs, skipped = find_pairs(model, little, specs.__contains__)
         stock = output_of(model, little)

@@ -41,9 +41,9 @@ def layers_with(model: nn.Module, linears: Container[nn.Module]) -> Iterator[Lay
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and not path.startswith(tuple(taken)):
             taken.append(path + ".")
-            for number, (key, layer) in enumerate(module.named_children()):
+            for key, layer in module.named_children():
                 if any(m in linears for m in layer.modules()):
-                    yield Layer(canonical_name(f"{path}.{key}"), layer, tuple(module)[:number])
+                    yield Layer(canonical_name(f"{path}.{key}"), layer, tuple(module)[: int(key)])
 
 
 @dataclass(frozen=True, eq=False)

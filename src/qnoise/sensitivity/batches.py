@@ -30,14 +30,14 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def first_rows(batch: Any, count: int = 1) -> Any:
-    """The first rows of a batch, if it is known how to take them; else the batch."""
+def first_row(batch: Any) -> Any:
+    """The first row of a batch, as a batch, if it is known how to take it; else the batch."""
     if isinstance(batch, Tensor):
-        return batch[:count]
+        return batch[:1]
     if isinstance(batch, Mapping):
         values = list(batch.values())
         if all(isinstance(v, Tensor) and v.dim() and v.shape[0] == values[0].shape[0] for v in values):
-            return {name: value[:count] for name, value in batch.items()}
+            return {name: value[:1] for name, value in batch.items()}
     return batch
 
 
