@@ -111,7 +111,7 @@ EQUAL_COST = {
     "nvfp4+recipe": "bf16+nvfp4-cost",
     "nvfp4+recipe-2": "bf16+nvfp4-cost",
 }
-"""Recipe -> bf16 with as many more RL steps as its preparation costs in CPU seconds, rounded up."""
+"""Recipe -> bf16 with as many more RL steps as its preparation costs in CPU seconds on words, rounded up."""
 
 
 def _sigma(start: float, end: float, fmt: str = "mxfp4") -> Arm:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from benchmarks.recovery.stages import EQUAL_COST
 from benchmarks.recovery.study import student
 from benchmarks.recovery.study.bootstrap import LEVEL, Bootstrap, Difference, pooled
+from benchmarks.recovery.study.chance import chance
 from benchmarks.recovery.study.power import MARGIN
 from benchmarks.recovery.study.rows import HOWS, TASKS
 from benchmarks.recovery.study.tables import Table, matched, points, t_text
@@ -287,9 +288,9 @@ def chance_of_full_precision(sources: Mapping[str, Bootstrap]) -> str:
     told = []
     for stage, source in sources.items():
         for how in HOWS:
-            found = source.difference({"bf16-aa": 1, "bf16": -1}, how)
-            if found and found.runs >= MIN_RUNS:
-                told.append(f"{stage}, {how} {points(found)}")
+            found = chance(source, "bf16", how)
+            if found and found.difference.runs >= MIN_RUNS:
+                told.append(f"{stage}, {how} {points(found.difference)}")
     return f"Chance alone, `bf16-aa` − `bf16`: {'; '.join(told) if told else 'not measured'}."
 
 

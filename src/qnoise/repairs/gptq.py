@@ -130,7 +130,8 @@ def gptq(
             quantized, as in the paper. False: all at once, from the model as it is when called. Needs `inputs`.
         asymmetric: match the outputs that the full-precision model has, and not those that the original weight gives on
             inputs which earlier linears have spoilt: the linears make good what was lost before them (see
-            `qnoise.repairs.asymmetric`). One input after the other, so it costs some four times as many forwards.
+            `qnoise.repairs.asymmetric`). One input after the other, in some six forwards of the model where layers that
+            are done can be skipped.
         sweeps: passes of coordinate descent after the feedback; 0 for GPTQ alone.
         progress: show a bar.
 

@@ -224,16 +224,15 @@ def _start_asymmetric(
         for name in moments.names:
             layer = layers[name]
             raw = cast(Tensor, layer.base_layer._parameters["weight"])
-            own = moments.to(torch.device("cpu") if raw.device.type == "mps" else raw.device)
-            weight = _finite(name, raw.to(own.now))
-            base = _quantized(layer.base_layer, raw)[1].to(own.now)
+            weight = _finite(name, raw.to(moments.now))
+            base = _quantized(layer.base_layer, raw)[1].to(moments.now)
             rank = layer.lora_A[adapter].weight.shape[0]
-            target = own.target(weight, damping)
-            b, a = _as_adapter(layer, adapter, *_best_product(target - base, own.now, rank, damping))
+            target = moments.target(weight, damping)
+            b, a = _as_adapter(layer, adapter, *_best_product(target - base, moments.now, rank, damping))
             added = layer.scaling[adapter] * (b.to(weight) @ a.to(weight))
             layer.lora_A[adapter].weight.copy_(a)
             layer.lora_B[adapter].weight.copy_(b)
-            before, after = own.error(weight, base), own.error(weight, base + added)
+            before, after = moments.error(weight, base), moments.error(weight, base + added)
             yield AdapterStart(name, rank, before, after, weighted=True, iteration=1)
 
 
